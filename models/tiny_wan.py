@@ -1,0 +1,296 @@
+"""How the embedded teacher's weights were made; running it makes them again.
+
+    python -m models.tiny_wan                 # from nothing; stop it at any time, the same command goes on
+    python -m models.tiny_wan --measure       # how good the weights in models/tiny_wan are
+
+It is Wan2.2-T2V-A14B in small: a causal video VAE, a UMT5 text encoder and two experts, trained on drawn scenes
+(`data/scenes.py`). First the VAE, then one transformer together with the text encoder over all t, then two copies of
+it, each in its own range of noise, with the text encoder frozen.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+
+from data.scenes import BACKGROUNDS, COLOURS, PLACES, RADII, RELATIONS, SHAPES, SIZE, draw, random_scenes
+from models.flow import add_noise, shift_time
+from models.folding import fold_text, fold_text_attention, fold_time
+
+HOME = Path(__file__).parent / "tiny_wan"
+BOUNDARY_RATIO = 0.875  # Wan2.2-A14B's
+FLOW_SHIFT = 3.0  # what Wan2.2-A14B's Diffusers conversion carries
+GUIDANCE_SCALE = 4.0
+VAE = dict(base_dim=16, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
+TEXT_ENCODER = dict(d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4, dropout_rate=0.0)
+TRANSFORMER = dict(
+    num_attention_heads=4, attention_head_dim=48, ffn_dim=640, num_layers=6, freq_dim=128, text_dim=128,
+    in_channels=16, out_channels=16,
+)  # fmt: skip
+BANK = 80_000  # pictures whose latents the transformers learn from
+CAPTION_DROPOUT = 0.1
+
+
+# --------------------------------------------------------------------------------------------- parts, untrained
+
+
+def build_tokenizer() -> T5TokenizerFast:
+    """A unigram tokenizer with one piece a word of the scenes' language, and single characters for anything else."""
+    phrases = ["a on background", *RADII, *COLOURS, *BACKGROUNDS, *SHAPES, *RELATIONS, *PLACES]
+    words = sorted({word for phrase in phrases for word in phrase.split()})
+    characters = [chr(c) for c in range(33, 127)]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    vocab += [(f"▁{word}", -1.0) for word in words if word != "a"]
+    vocab += [("▁a", -1.0)] + [(c, -10.0) for c in characters]
+    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=512)
+
+
+def build_text_encoder(tokenizer: T5TokenizerFast) -> UMT5EncoderModel:
+    return UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **TEXT_ENCODER))
+
+
+def build_transformer() -> WanTransformer3DModel:
+    """A transformer that reads folded text; saved, it is a stock one."""
+    return fold_text_attention(WanTransformer3DModel(**TRANSFORMER))
+
+
+def build_vae() -> AutoencoderKLWan:
+    """A VAE whose convolutions see one frame. Their past, which no picture has, is zero rather than random."""
+    vae = fold_time(AutoencoderKLWan(**VAE))
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d) and module.kernel_size[0] > 1:
+            module.weight.data[:, :, :-1] = 0
+    return vae
+
+
+# --------------------------------------------------------------------------------------------- one training loop
+
+
+def train(
+    name: str,
+    modules: dict[str, nn.Module],
+    loss: Callable[[int, torch.Generator], torch.Tensor],
+    steps: int,
+    learning_rate: float,
+    work: Path,
+    ema_decay: float = 0.999,
+) -> None:
+    """AdamW with warm-up, cosine and EMA; leaves the EMA weights in `modules` and in `work/<name>.safetensors`.
+
+    Randomness hangs on the step alone, so a run that is stopped and started again goes on as if it had not been.
+    """
+    finished, running = work / f"{name}.safetensors", work / f"{name}.running.safetensors"
+    parameters = {f"{m}.{k}": p for m, module in modules.items() for k, p in module.named_parameters()}
+    if finished.exists():
+        load_into(parameters, load_file(finished))
+        print(f"{name}: taken from {finished}")
+        return
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    ema = {k: p.detach().clone() for k, p in parameters.items()}
+    start = 0
+    if running.exists():
+        start = restore(running, parameters, ema, optimizer)
+    for module in modules.values():
+        module.train()
+    bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
+    for step in bar:
+        warmup, cosine = min(1.0, (step + 1) / 200), 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = learning_rate * warmup * max(cosine, 0.01)
+        value = loss(step, torch.Generator().manual_seed(step))
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        decay = min(ema_decay, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in parameters.values()], 1 - decay)
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{value.item():.4f}", refresh=False)
+        if (step + 1) % 500 == 0 and step + 1 < steps:
+            save(running, parameters, ema, optimizer, step + 1)
+    load_into(parameters, ema)
+    save_atomically({k: p.detach().contiguous() for k, p in parameters.items()}, finished)
+    running.unlink(missing_ok=True)
+
+
+def load_into(parameters: dict[str, nn.Parameter], values: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(values[key])
+
+
+def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    save_file(tensors, path.with_suffix(".tmp"), metadata=metadata)
+    path.with_suffix(".tmp").replace(path)
+
+
+def save(path: Path, parameters: dict, ema: dict, optimizer: torch.optim.Optimizer, step: int) -> None:
+    tensors = {"step": torch.tensor(step)}
+    for key, parameter in parameters.items():
+        tensors |= {f"raw/{key}": parameter.detach().contiguous(), f"ema/{key}": ema[key].contiguous()}
+        tensors |= {f"{slot}/{key}": value for slot, value in optimizer.state[parameter].items()}
+    save_atomically(tensors, path)
+
+
+def restore(path: Path, parameters: dict, ema: dict, optimizer: torch.optim.Optimizer) -> int:
+    tensors = load_file(path)
+    load_into(parameters, {k: tensors[f"raw/{k}"] for k in parameters})
+    for key, parameter in parameters.items():
+        ema[key].copy_(tensors[f"ema/{key}"])
+        if f"exp_avg/{key}" in tensors:
+            slots = ("step", "exp_avg", "exp_avg_sq")
+            optimizer.state[parameter] = {slot: tensors[f"{slot}/{key}"] for slot in slots}
+    return int(tensors["step"])
+
+
+# --------------------------------------------------------------------------------------------- the three trainings
+
+
+def scene_bank(seed: int, count: int, work: Path) -> tuple[np.ndarray, list[str]]:
+    """`count` drawn training scenes, none held out: pictures (N, H, W, 3) uint8, and their captions."""
+    scenes = random_scenes(count, seed, held_out=False, distinct=False)
+    path = work / "pictures.npy"
+    if not path.exists():
+        rng = random.Random(seed)
+        pictures = np.stack([np.asarray(draw(s, rng)) for s in tqdm(scenes, desc="drawing", mininterval=5)])
+        np.save(path.with_suffix(".tmp.npy"), pictures)
+        path.with_suffix(".tmp.npy").replace(path)
+    return np.load(path, mmap_mode="r"), [s.caption for s in scenes]
+
+
+def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+    """(B, H, W, 3) uint8 → (B, 3, 1, H, W) in [−1, 1]."""
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
+
+
+def train_vae(vae: AutoencoderKLWan, pictures: np.ndarray, steps: int, work: Path) -> None:
+    """Reconstruction (L1 + squared error) and a light pull of the latents towards a unit Gaussian."""
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        indices = torch.randint(len(pictures), (16,), generator=generator).sort().values
+        x = to_tensor(pictures[indices.numpy()])
+        posterior = vae.encode(x).latent_dist
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        error = vae.decode(z).sample - x
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        return error.abs().mean() + error.square().mean() + 5e-4 * kl
+
+    train("vae", {"vae": vae}, loss, steps, 1.5e-3, work, ema_decay=0.995)
+
+
+@torch.no_grad()
+def latent_bank(vae: AutoencoderKLWan, pictures: np.ndarray, work: Path) -> torch.Tensor:
+    """Latents of all pictures, (N, 16, 1, 8, 8), normalised; sets the VAE's `latents_mean` and `latents_std`."""
+    path = work / "latents.safetensors"
+    vae.eval()
+    if not path.exists():
+        batches = range(0, len(pictures), 64)
+        latents = [vae.encode(to_tensor(pictures[i : i + 64])).latent_dist.mean for i in tqdm(batches, desc="latents")]
+        save_atomically({"latents": torch.cat(latents)}, path)  # (N, 16, 1, 8, 8)
+    latents = load_file(path)["latents"]
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    return (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
+
+
+def train_transformer(
+    name: str,
+    transformer: WanTransformer3DModel,
+    text_encoder: UMT5EncoderModel,
+    tokens: dict[str, torch.Tensor],
+    latents: torch.Tensor,
+    t_range: tuple[float, float],
+    steps: int,
+    learning_rate: float,
+    work: Path,
+    with_text_encoder: bool,
+) -> None:
+    """Flow matching on the bank for t in `t_range`, spread as a grid of shift FLOW_SHIFT spreads it."""
+    modules = {"transformer": transformer} | ({"text_encoder": text_encoder} if with_text_encoder else {})
+    u_range = [t / (FLOW_SHIFT - (FLOW_SHIFT - 1) * t) for t in t_range]  # shift_time, inverted
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        indices = torch.randint(len(latents), (64,), generator=generator)
+        dropped = torch.rand(64, generator=generator) < CAPTION_DROPOUT
+        ids = torch.where(dropped[:, None], tokens["empty_ids"], tokens["input_ids"][indices])
+        mask = torch.where(dropped[:, None], tokens["empty_mask"], tokens["attention_mask"][indices])
+        with torch.set_grad_enabled(with_text_encoder):
+            text = text_encoder(ids, mask).last_hidden_state
+        x0, noise = latents[indices], torch.randn(latents[indices].shape, generator=generator)
+        # Stratified: the batch's times are spread evenly, which makes the loss and its gradient less noisy.
+        u = (torch.arange(64) + torch.rand(64, generator=generator)) / 64
+        t = shift_time(u_range[0] + (u_range[1] - u_range[0]) * u, FLOW_SHIFT)
+        v = transformer(add_noise(x0, noise, t), 1000 * t, fold_text(text, mask.bool()), return_dict=False)[0]
+        return F.mse_loss(v, noise - x0)
+
+    train(name, modules, loss, steps, learning_rate, work)
+
+
+def tokenize(tokenizer: T5TokenizerFast, captions: list[str]) -> dict[str, torch.Tensor]:
+    """Ids and masks of the captions, (N, L), and of the empty caption, (L,), all as short as the longest allows."""
+    tokens = tokenizer(["", *captions], padding="longest", return_tensors="pt")
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    return {"empty_ids": ids[0], "empty_mask": mask[0], "input_ids": ids[1:], "attention_mask": mask[1:]}
+
+
+def make(output: Path, work: Path, steps: dict[str, int], seed: int) -> None:
+    """All stages, each skipped when its result is in `work`, and the pipeline in `output`."""
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    text_encoder, vae, transformer = build_text_encoder(tokenizer), build_vae(), build_transformer()
+    pictures, captions = scene_bank(seed, BANK, work)
+    train_vae(vae, pictures, steps["vae"], work)
+    latents, tokens = latent_bank(vae, pictures, work), tokenize(tokenizer, captions)
+    shared = (text_encoder, tokens, latents)
+    train_transformer("base", transformer, *shared, (0.0, 1.0), steps["base"], 1.5e-3, work, with_text_encoder=True)
+    text_encoder.requires_grad_(False).eval()
+    experts = {}
+    for name, t_range in {"high": (BOUNDARY_RATIO, 1.0), "low": (0.0, BOUNDARY_RATIO)}.items():
+        experts[name] = build_transformer()
+        experts[name].load_state_dict(transformer.state_dict())
+        train_transformer(name, experts[name], *shared, t_range, steps[name], 5e-4, work, with_text_encoder=False)
+    assemble(output, tokenizer, text_encoder, vae, experts["high"], experts["low"])
+
+
+def assemble(output: Path, tokenizer, text_encoder, vae, high, low) -> None:
+    """A stock pipeline on disk. The large parts are stored in half precision; Diffusers loads them in float32."""
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT, num_train_timesteps=1000
+    )
+    WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder.eval(),
+        vae=vae.half().eval(),
+        scheduler=scheduler,
+        transformer=high.half().eval(),
+        transformer_2=low.half().eval(),
+        boundary_ratio=BOUNDARY_RATIO,
+    ).save_pretrained(output)
+    print(f"wrote {output}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", type=Path, default=HOME, help="the pipeline's folder (models/tiny_wan)")
+    parser.add_argument("--work", type=Path, default=Path("outputs/tiny_wan_making"), help="finished and running stages")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=json.loads, default={}, help='e.g. \'{"vae": 3000}\'')
+    args = parser.parse_args()
+    steps = {"vae": 3000, "base": 7500, "high": 2000, "low": 3000} | args.steps
+    make(args.output, args.work, steps, args.seed)
+
+
+if __name__ == "__main__":
+    main()
