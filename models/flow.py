@@ -1,12 +1,15 @@
 """The flow-matching path as Wan uses it: x_t = (1 − t)·x₀ + t·ε, v = ε − x₀, t in [0, 1], 1 = pure noise."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from diffusers import DPMSolverMultistepScheduler
 
-# (x_t, t, prompt_embeds) → v. x_t: (B, C, 1, H, W); t: (B,) in [0, 1]; prompt_embeds: (B, L, D + 1) from `fold_text`.
-# Teacher, student and fake score are all one, so every sampler and objective takes any of them.
-VelocityField = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (x_t, t, prompt_embeds) → v. x_t, v: (B, C, 1, H, W); t in [0, 1], one number for all or (B,);
+# prompt_embeds: (B, L, D + 1) from `fold_text`. Teacher, student and fake score are all one, so every sampler and
+# objective takes any of them.
+VelocityField = Callable[[torch.Tensor, float | torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def per_sample(t: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
@@ -34,3 +37,53 @@ def velocity_to_x0(x_t: torch.Tensor, v: torch.Tensor, t: torch.Tensor | float) 
 def velocity_to_noise(x_t: torch.Tensor, v: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
     """ε̂ = x_t + (1 − t)·v."""
     return x_t + (1 - per_sample(t, x_t)) * v
+
+
+@dataclass(frozen=True)
+class TimeGrid:
+    """The levels that a sampler visits. Plain numbers: nothing here waits for a GPU.
+
+    sigmas: K + 1 noise levels, falling, the last one 0; a step goes from one to the next.
+    times: K values of t that the network is told. A scheduler rounds its timesteps to integers, so they may lie
+        up to 0.001 below the sigmas.
+    """
+
+    sigmas: tuple[float, ...]
+    times: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+
+def few_step_scheduler(shift: float) -> DPMSolverMultistepScheduler:
+    """The scheduler that a student is trained on and exported with.
+
+    `WanPipeline` takes no list of sigmas, so what it draws is decided by the scheduler's own grid. At order 1 this
+    one steps as Euler does, and its grid wastes no step: t = 1, .9, .75, .5 for 4 steps at shift 3.
+    """
+    return DPMSolverMultistepScheduler(
+        solver_order=1, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+
+
+def few_step_grid(num_steps: int, shift: float) -> TimeGrid:
+    """The grid that `few_step_scheduler` visits in `num_steps` steps."""
+    scheduler = few_step_scheduler(shift)
+    scheduler.set_timesteps(num_steps)
+    times = (scheduler.timesteps.double() / scheduler.config.num_train_timesteps).tolist()
+    return TimeGrid(tuple(scheduler.sigmas.double().tolist()), tuple(times))
+
+
+def refine_grid(grid: TimeGrid, substeps: int, shift: float) -> TimeGrid:
+    """`substeps` steps in place of each of `grid`'s, evenly spread before the shift; its sigmas are all kept.
+
+    For a teacher, which knows any t: the network is told the sigmas as they are.
+    """
+    u = [sigma / (shift - (shift - 1) * sigma) for sigma in grid.sigmas]  # shift_time, inverted
+    sigmas = []
+    for k in range(len(grid)):
+        sigmas.append(grid.sigmas[k])
+        for j in range(1, substeps):
+            between = u[k] + (u[k + 1] - u[k]) * j / substeps
+            sigmas.append(shift * between / (1 + (shift - 1) * between))
+    return TimeGrid((*sigmas, grid.sigmas[-1]), tuple(sigmas))

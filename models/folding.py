@@ -16,41 +16,46 @@ from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 MAX_SEQUENCE_LENGTH = 512  # what WanPipeline pads the text to
-# In bf16, log n is off by up to 1.6 % of n. Each further column carries what rounding left over of the former.
-PADDING_COLUMNS = 3
+# Scores are rounded to bf16, so that they are the same in every dtype a network may run in. One column would then be
+# off by up to 3 % of n; each further one carries what rounding left over of those before.
+PADDING_COLUMNS = 4
 _ALMOST_NOTHING = -30.0  # a score that adds e⁻³⁰: for columns that stand for no padding at all
 
 
-def fold_text(prompt_embeds: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def fold_text(prompt_embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Text as `fold_text_attention` reads it: zeros for padding, and one more channel for the attention scores.
 
     Args:
         prompt_embeds: (B, L, D) embeddings of real tokens; what stands where `mask` is False is ignored.
         mask: (B, L), True for real tokens, which come first.
-        dtype: of the result and of the attention that will read it; by default that of `prompt_embeds`.
 
     Returns:
         (B, L + PADDING_COLUMNS, D + 1); the last channel is what to add to a position's attention score.
     """
-    dtype = dtype or prompt_embeds.dtype
-    text = prompt_embeds.to(dtype) * mask[..., None].to(dtype)
-    text = F.pad(text, (0, 0, 0, PADDING_COLUMNS))  # (B, L + 3, D)
+    text = F.pad(prompt_embeds * mask[..., None], (0, 0, 0, PADDING_COLUMNS))  # (B, L + 4, D)
     lengths = mask.sum(1)
-    scores = torch.zeros(text.shape[:2], dtype=torch.float64, device=text.device)
+    scores = torch.zeros(text.shape[:2], dtype=torch.float32, device=text.device)
     scores.masked_fill_(torch.arange(text.shape[1], device=text.device) >= lengths[:, None], _ALMOST_NOTHING)
-    left = (MAX_SEQUENCE_LENGTH - lengths).double()  # padding positions not yet accounted for
+    left = (MAX_SEQUENCE_LENGTH - lengths).float()  # padding positions not yet accounted for
     for column in range(PADDING_COLUMNS):
-        score = _round_down(left.log().clamp(min=_ALMOST_NOTHING), dtype)
+        score = _round_down(left.log().clamp(min=_ALMOST_NOTHING))
         scores.scatter_(1, (lengths + column)[:, None], score[:, None])
         left = (left - score.exp()).clamp(min=0)
-    return torch.cat([text, scores.to(dtype)[..., None]], dim=-1)
+    return torch.cat([text, scores.to(text.dtype)[..., None]], dim=-1)
 
 
-def _round_down(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The largest number of `dtype` that is no larger than `value`, in float64."""
-    rounded = value.to(dtype)
+def pad_folded(folded: torch.Tensor, length: int) -> torch.Tensor:
+    """Folded text with further columns that weigh nothing, (B, length, D + 1), so that texts can share a batch."""
+    padded = F.pad(folded, (0, 0, 0, length - folded.shape[1]))
+    padded[:, folded.shape[1] :, -1] = _ALMOST_NOTHING
+    return padded
+
+
+def _round_down(value: torch.Tensor) -> torch.Tensor:
+    """The largest bf16 number that is no larger than `value`, in float32."""
+    rounded = value.bfloat16()
     lower = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
-    return torch.where(rounded.double() > value, lower, rounded).double()
+    return torch.where(rounded.float() > value, lower, rounded).float()
 
 
 class _FoldedTextProjection(PixArtAlphaTextProjection):

@@ -1,0 +1,135 @@
+"""What follows from the flags and the config files, before any weight is loaded."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from config.config import Config, Phase
+from config.errors import UserError
+from data.prompts import read_prompts
+from distributed.process_group import Ranks
+from models.flow import TimeGrid, few_step_grid
+from models.student import StudentSpec, read_student_config
+from models.teacher import TeacherInfo, default_guidance, inspect_teacher, resolve_dtype
+from sampling.parallel import share
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The run as decided. Steps count optimizer steps; epochs count from 1."""
+
+    info: TeacherInfo
+    spec: StudentSpec
+    prompts: list[str]
+    sample_prompts: list[str]
+    grid: TimeGrid
+    shift: float
+    dtype: torch.dtype  # of the teacher's weights
+    phases: tuple[Phase, ...]
+    steps_per_epoch: int
+    total_steps: int
+    binding_limit: str
+    sample_interval: int
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self.info.latent_shape(self.spec.height, self.spec.width)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that the step-th step belongs to."""
+        return max(1, math.ceil(step / self.steps_per_epoch))
+
+    def is_sampling_step(self, step: int) -> bool:
+        """After every `sample_interval`-th epoch, and always at the very end."""
+        interval = self.steps_per_epoch * self.sample_interval
+        return step % interval == 0 or step == self.total_steps
+
+
+def make_plan(config: Config, ranks: Ranks) -> Plan:
+    """Read what the flags name and work out the run. Raises UserError for what a user can put right."""
+    settings = config.optimization
+    if settings.mixed_precision == "fp16" and ranks.device.type == "cpu":
+        raise UserError("--mixed_precision fp16: a CPU cannot train in fp16; accepted here: no, bf16")
+    if config.teacher.teacher_dtype == "float16" and ranks.device.type == "cpu":
+        raise UserError("--teacher_dtype float16: a CPU cannot run it; accepted here: auto, float32, bfloat16")
+    info = inspect_teacher(config.teacher.teacher_path, config.teacher.teacher_revision, config.teacher.flow_shift)
+    shift = config.student.student_shift or info.flow_shift
+    prompts = read_prompts(Path(config.data.data_path))
+    batch = settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size
+    steps_per_epoch = settings.steps_per_epoch or math.ceil(len(prompts) / batch)
+    limits = {"--num_steps": settings.num_steps, "--num_epochs": (settings.num_epochs or 0) * steps_per_epoch}
+    binding_limit, total_steps = min(((k, v) for k, v in limits.items() if v), key=lambda limit: limit[1])
+    phases = config.phases
+    if len(phases) == 1:
+        phases = (replace(phases[0], steps=total_steps),)
+    return Plan(
+        info=info,
+        spec=read_spec(config, info),
+        prompts=prompts,
+        sample_prompts=read_sample_prompts(config),
+        grid=few_step_grid(config.student.student_steps, shift),
+        shift=shift,
+        dtype=resolve_dtype(config.teacher.teacher_dtype, ranks.device),
+        phases=phases,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        binding_limit=binding_limit,
+        sample_interval=config.sampling.sample_interval,
+    )
+
+
+def read_spec(config: Config, info: TeacherInfo) -> StudentSpec:
+    """The student's shape; 480 × 832 where neither its config nor a flag gives a size."""
+    path = Path(config.student.student_config) if config.student.student_config else None
+    return read_student_config(
+        path,
+        info.transformer_configs,
+        info.pixels_per_patch,
+        default_size=(480, 832),
+        height=config.student.height,
+        width=config.student.width,
+    )
+
+
+def read_sample_prompts(config: Config) -> list[str]:
+    """The prompts to draw; none where no pictures are wanted."""
+    if config.sampling.sample_prompts_file:
+        return read_prompts(Path(config.sampling.sample_prompts_file))
+    return list(config.sampling.sample_prompts)
+
+
+def describe(plan: Plan, config: Config, ranks: Ranks) -> str:
+    """What will run on what, and what ends it."""
+    settings, info = config.optimization, plan.info
+    experts = " and ".join(
+        f"{c['num_layers']} layers × {c['num_attention_heads'] * c['attention_head_dim']}"
+        for c in info.transformer_configs.values()
+    )
+    student = plan.spec.transformer_config
+    guidance = default_guidance(info, config.teacher.guidance_scale, config.teacher.guidance_scale_2)
+    w = f"{guidance[0]:g}/{guidance[1]:g}" if info.boundary_ratio else f"{guidance[0]:g}"
+    width = student["num_attention_heads"] * student["attention_head_dim"]
+    batch = settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size
+    phases = ", then ".join(f"{p.objective} × {p.steps} steps at lr {p.learning_rate:g}" for p in plan.phases)
+    shares = [len(share(len(plan.sample_prompts), r, ranks.world_size)) for r in range(ranks.world_size)]
+    levels = ", ".join(f"{sigma:.3g}" for sigma in plan.grid.sigmas[:-1])
+    lines = {
+        "teacher": f"{info.name} ({experts}, {str(plan.dtype).removeprefix('torch.')}, guidance {w})",
+        "student": f"{student['num_layers']} layers × {width}, {plan.spec.height}×{plan.spec.width} pixels, "
+        f"{len(plan.grid)} steps at t = {levels}",
+        "runs on": f"{ranks.world_size} × {ranks.device.type}, mixed precision {settings.mixed_precision}",
+        "prompts": f"{len(plan.prompts)} from {config.data.data_path}",
+        "batch": f"{batch} prompts a step = {settings.train_batch_size} a rank × {ranks.world_size} ranks × "
+        f"{settings.gradient_accumulation_steps} accumulated",
+        "trains": phases,
+        "ends": f"after {plan.total_steps} steps ({plan.binding_limit} binds), "
+        f"{plan.epoch_of(plan.total_steps)} epochs of {plan.steps_per_epoch} steps",
+        "samples": f"{len(plan.sample_prompts)} prompts every {plan.sample_interval} epoch(s), a rank draws "
+        f"{', '.join(map(str, shares[:8]))}{', …' if len(shares) > 8 else ''}"
+        if plan.sample_prompts
+        else "none (no --sample_prompts)",
+        "output": config.run.output_dir,
+    }
+    return "\n".join(f"  {name:<8} {value}" for name, value in lines.items())

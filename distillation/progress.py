@@ -1,0 +1,69 @@
+"""What is seen of a run while it trains: a progress bar, and a row of metrics.jsonl every few steps."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from distillation.trained import Trained
+from distributed.process_group import Ranks, mean_over_ranks
+
+
+class Progress:
+    """Collects each step's figures on the device and reads them only when a row is due.
+
+    Args:
+        prompts_per_step: over all ranks, for the speed.
+    """
+
+    def __init__(self, path: Path, total_steps: int, every: int, prompts_per_step: int, ranks: Ranks) -> None:
+        self.path, self.every, self.prompts_per_step, self.ranks = path, every, prompts_per_step, ranks
+        self.bar = tqdm(total=total_steps, desc="training", unit="step", disable=not ranks.is_main, dynamic_ncols=True)
+        self.total_steps = total_steps
+        self._seconds, self._steps, self._sums = 0.0, 0, {}
+        self._resumed = time.perf_counter()
+
+    def advance(self, step: int, epoch: int, phase: int, objective: str, figures: dict, trained: dict[str, Trained]):
+        """Count a step and, where a row is due, write it. All ranks call it: a row is the mean over them."""
+        self._steps += 1
+        for key, value in figures.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        self.bar.update()
+        if step % self.every and step != self.total_steps:
+            return
+        keys = sorted(self._sums)
+        sums = torch.stack([torch.as_tensor(self._sums[k], dtype=torch.float32, device=self.ranks.device) for k in keys])
+        means = mean_over_ranks(sums / self._steps).tolist()
+        self._seconds += time.perf_counter() - self._resumed
+        step_seconds = self._seconds / self._steps
+        row = {"step": step, "epoch": epoch, "phase": phase, "objective": objective}
+        row |= dict(zip(keys, means, strict=True))
+        row |= {"lr" if name == "student" else f"{name}_lr": t.learning_rate for name, t in trained.items()}
+        row |= {"step_seconds": step_seconds, "samples_per_second": self.prompts_per_step / step_seconds}
+        self._seconds, self._steps, self._sums = 0.0, 0, {}
+        self._resumed = time.perf_counter()
+        if self.ranks.is_main:
+            self._write(row)
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(f"the loss is {row['loss']} at step {step} ({objective}); lower --learning_rate")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock while pictures are drawn, so that a step's time is a step's."""
+        self._seconds += time.perf_counter() - self._resumed
+        yield
+        self._resumed = time.perf_counter()
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def _write(self, row: dict) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        speed = f"{row['samples_per_second']:.1f} prompts/s"
+        self.bar.set_postfix_str(f"{row['objective']} loss {row['loss']:.4f}, lr {row['lr']:.2g}, {speed}")

@@ -1,0 +1,288 @@
+"""Any Diffusers Wan text-to-video pipeline as one frozen, guided velocity field on one latent frame.
+
+Wan2.2-A14B's two experts, Wan2.1's single transformer, and TI2V-5B, which takes a timestep for every token.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from config.errors import UserError
+from models.folding import MAX_SEQUENCE_LENGTH, fold_text, fold_text_attention, pad_folded
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+# ------------------------------------------------------------------------------------- what a teacher is, unloaded
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """What a pipeline's config files say. Nothing heavy has been read."""
+
+    name: str  # as the user gave it
+    folder: Path
+    revision: str | None
+    transformer_configs: dict[str, dict]  # "transformer" and, with two experts, "transformer_2"
+    boundary_ratio: float | None
+    expand_timesteps: bool
+    flow_shift: float
+    vae_config: dict
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels a latent stands for, either way."""
+        return self.vae_config.get("scale_factor_spatial") or 8
+
+    @property
+    def pixels_per_patch(self) -> int:
+        return self.vae_scale * self.transformer_configs["transformer"]["patch_size"][1]
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, 1, H, W) of one picture's latents."""
+        channels = self.transformer_configs["transformer"]["in_channels"]
+        return channels, 1, height // self.vae_scale, width // self.vae_scale
+
+
+def inspect_teacher(
+    name: str, revision: str | None = None, flow_shift: float | None = None, flag: str = "--teacher_path"
+) -> TeacherInfo:
+    """Read a pipeline's configs, from a local folder or, for a hub id, from the hub (config files only).
+
+    Args:
+        flow_shift: instead of the one in the pipeline's scheduler.
+        flag: what errors call the thing.
+
+    Raises UserError that says what was found where it is no Wan text-to-video pipeline.
+    """
+    source = f"{flag} {name}"
+    folder = Path(name) if Path(name).is_dir() else _download(name, revision, ["*.json", "tokenizer/*"], source)
+    index = _read_json(folder / "model_index.json", source)
+    if index.get("_class_name") != "WanPipeline":
+        raise UserError(
+            f"{source}: a {index.get('_class_name')}, not a WanPipeline (Wan text-to-video in Diffusers "
+            "layout, such as Wan-AI/Wan2.2-T2V-A14B-Diffusers)"
+        )
+    names = [n for n in ("transformer", "transformer_2") if (index.get(n) or [None])[0] is not None]
+    configs = {n: _read_json(folder / n / "config.json", source) for n in names}
+    for part, config in configs.items():
+        if config.get("image_dim") is not None or config["in_channels"] != config["out_channels"]:
+            raise UserError(f"{source}: {part} expects a picture as input; a text-to-video one is needed")
+    if "transformer" not in configs or ("transformer_2" in configs) != (index.get("boundary_ratio") is not None):
+        raise UserError(
+            f"{source}: {' and '.join(configs) or 'no transformer'} with boundary_ratio "
+            f"{index.get('boundary_ratio')}; needed: transformer alone, or transformer_2 as well with a boundary_ratio"
+        )
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", source)
+    return TeacherInfo(
+        name=name,
+        folder=folder,
+        revision=revision,
+        transformer_configs=configs,
+        boundary_ratio=index.get("boundary_ratio"),
+        expand_timesteps=bool(index.get("expand_timesteps")),
+        flow_shift=flow_shift or scheduler.get("flow_shift") or scheduler.get("shift") or 1.0,
+        vae_config=_read_json(folder / "vae" / "config.json", source),
+    )
+
+
+def download_weights(info: TeacherInfo) -> None:
+    """Fetch a hub teacher's weights into the hub's cache; nothing to do for a local folder."""
+    if not Path(info.name).is_dir():
+        _download(info.name, info.revision, ["*.json", "*.safetensors", "tokenizer/*"], "--teacher_path " + info.name)
+
+
+def _download(name: str, revision: str | None, patterns: list[str], source: str) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise UserError(f"{source}: no such folder, and no hub id (owner/name) either") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{source}: no such folder, and the hub could not give it ({reason}); "
+            "pass a local folder in Diffusers layout, or a hub id while there is a network"
+        ) from error
+
+
+def _read_json(path: Path, source: str) -> dict:
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    original = list(path.parent.glob("*.pth")) or "WanModel" in str(_class_name(path.parent / "config.json"))
+    hint = "an original-format Wan checkpoint; needed: its Diffusers conversion" if original else "not found"
+    raise UserError(
+        f"{source}: {path.relative_to(path.parents[1])} {hint} "
+        "(a folder in Diffusers layout, such as Wan-AI/Wan2.2-T2V-A14B-Diffusers, is needed)"
+    )
+
+
+def _class_name(path: Path) -> str | None:
+    return json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """"auto" is bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+# ----------------------------------------------------------------------------------------------- velocity fields
+
+
+class WanVelocity:
+    """One Wan transformer, wrapped for data parallelism or not, as a velocity field in float32.
+
+    Args:
+        transformer: reads folded text (`fold_text_attention`).
+        expand_timesteps: give it a timestep for every token, as TI2V-5B wants.
+        dtype: what latents and text are cast to on the way in.
+        autocast: compute in this lower precision while the weights stay in `dtype`.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        expand_timesteps: bool = False,
+        dtype: torch.dtype = torch.float32,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.transformer, self.expand_timesteps = transformer, expand_timesteps
+        self.dtype, self.autocast = dtype, autocast
+
+    def __call__(self, x_t: torch.Tensor, t: float | torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        batch, _, frames, height, width = x_t.shape
+        if isinstance(t, torch.Tensor):
+            timestep = t.to(x_t.device, torch.float32).mul(1000).expand(batch)
+        else:
+            timestep = torch.full((batch,), 1000.0 * t, device=x_t.device)
+        if self.expand_timesteps:
+            timestep = timestep[:, None].expand(batch, frames * (height // 2) * (width // 2))
+        with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None):
+            v = self.transformer(x_t.to(self.dtype), timestep, prompt_embeds.to(self.dtype), return_dict=False)[0]
+        return v.float()
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One of the teacher's transformers and its guidance scale. It is in charge for t >= t_min."""
+
+    field: WanVelocity
+    guidance_scale: float
+    t_min: float
+
+
+class Teacher:
+    """The pipeline as a guided velocity field: v = v_u + w·(v_c − v_u), with the expert in charge and its w.
+
+    Args:
+        experts: highest noise first; the last one has t_min 0.
+        negative_embeds: (n, D) embeddings of the negative prompt's real tokens.
+    """
+
+    def __init__(self, experts: list[Expert], negative_embeds: torch.Tensor) -> None:
+        self.experts = experts
+        mask = torch.ones(1, len(negative_embeds), dtype=torch.bool)
+        self.negative_embeds = fold_text(negative_embeds[None], mask)  # (1, n + 4, D + 1)
+
+    @torch.no_grad()
+    def __call__(self, x_t: torch.Tensor, t: float | torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        return self._by_expert(self._guided, x_t, t, prompt_embeds)
+
+    @torch.no_grad()
+    def conditional(self, x_t: torch.Tensor, t: float | torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """The same without guidance."""
+        return self._by_expert(lambda expert, *args: expert.field(*args), x_t, t, prompt_embeds)
+
+    def _guided(self, expert: Expert, x_t: torch.Tensor, t: float | torch.Tensor, prompt_embeds: torch.Tensor):
+        if expert.guidance_scale == 1.0:
+            return expert.field(x_t, t, prompt_embeds)
+        length = max(prompt_embeds.shape[1], self.negative_embeds.shape[1])
+        self.negative_embeds = self.negative_embeds.to(prompt_embeds)
+        negative = pad_folded(self.negative_embeds, length).expand(len(x_t), -1, -1)
+        text = torch.cat([pad_folded(prompt_embeds, length), negative])  # (2B, L, D + 1)
+        twice_t = torch.cat([t, t]) if isinstance(t, torch.Tensor) and t.ndim else t
+        # Both branches in one forward: half the launches, and a fuller GPU.
+        conditional, unconditional = expert.field(torch.cat([x_t, x_t]), twice_t, text).chunk(2)
+        return unconditional + expert.guidance_scale * (conditional - unconditional)
+
+    def _by_expert(self, velocity, x_t: torch.Tensor, t: float | torch.Tensor, prompt_embeds: torch.Tensor):
+        """`velocity(expert, x_t, t, prompt_embeds)` with the expert in charge of each sample's t."""
+        if not isinstance(t, torch.Tensor) or t.ndim == 0:  # one expert for all, and no look at the GPU
+            expert = next(e for e in self.experts if float(t) >= e.t_min)
+            return velocity(expert, x_t, t, prompt_embeds)
+        out, upper = torch.empty_like(x_t), torch.inf
+        for expert in self.experts:
+            rows = ((t >= expert.t_min) & (t < upper)).nonzero()[:, 0].to(x_t.device)
+            if len(rows):
+                out[rows] = velocity(expert, x_t[rows], t[rows.to(t.device)], prompt_embeds[rows]).to(out.dtype)
+            upper = expert.t_min
+        return out
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+def default_guidance(info: TeacherInfo, high: float | None, low: float | None) -> tuple[float, float]:
+    """Guidance scales for high and low noise. Unset: Wan's own, 4 and 3 for two experts, 5 for one.
+
+    With the first alone given, the second is equal to it, as in `WanPipeline`.
+    """
+    if high is None:
+        return (4.0, low or 3.0) if info.boundary_ratio else (5.0, 5.0)
+    return high, low or high
+
+
+def load_teacher(
+    info: TeacherInfo,
+    device: torch.device,
+    dtype: torch.dtype,
+    negative_embeds: torch.Tensor,
+    guidance_scale: float | None = None,
+    guidance_scale_2: float | None = None,
+) -> Teacher:
+    """The frozen experts on `device`. `negative_embeds`: (n, D), from the pipeline's own text encoder."""
+    guidance = default_guidance(info, guidance_scale, guidance_scale_2)
+    thresholds = (info.boundary_ratio or 0.0, 0.0)
+    experts = []
+    for part, scale, t_min in zip(info.transformer_configs, guidance, thresholds, strict=False):
+        transformer = load_transformer(info.folder, part, dtype).to(device)
+        experts.append(Expert(WanVelocity(transformer, info.expand_timesteps, dtype), scale, t_min))
+    return Teacher(experts, negative_embeds)
+
+
+def load_transformer(folder: Path, part: str, dtype: torch.dtype) -> WanTransformer3DModel:
+    """One frozen transformer of a pipeline on disk, reading folded text. `part`: transformer or transformer_2."""
+    transformer = WanTransformer3DModel.from_pretrained(
+        folder, subfolder=part, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True
+    )
+    return fold_text_attention(transformer).requires_grad_(False).eval()
+
+
+def load_text_pipeline(info: TeacherInfo, device: torch.device, dtype: torch.dtype) -> WanPipeline:
+    """The pipeline with its text side alone, for its own `encode_prompt`."""
+    # transformers keeps a checkpoint's dtype unless told otherwise; Diffusers does not. Both are told.
+    text_encoder = UMT5EncoderModel.from_pretrained(info.folder / "text_encoder", dtype=dtype).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(info.folder / "tokenizer")
+    return WanPipeline(
+        tokenizer=tokenizer, text_encoder=text_encoder, vae=None, scheduler=None, transformer=None, transformer_2=None
+    )
+
+
+@torch.no_grad()
+def encode_text(pipeline: WanPipeline, prompts: list[str]) -> list[torch.Tensor]:
+    """Embeddings of each prompt's real tokens, (n, D) on the CPU, by the pipeline's own `encode_prompt`."""
+    length = MAX_SEQUENCE_LENGTH
+    embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
+    # encode_prompt gives no lengths; they are the tokenizer's, asked as it asks.
+    cleaned = [prompt_clean(p) for p in prompts]
+    tokens = pipeline.tokenizer(cleaned, truncation=True, max_length=length, add_special_tokens=True)
+    return [e[: len(ids)].cpu() for e, ids in zip(embeds, tokens["input_ids"], strict=True)]

@@ -1,0 +1,246 @@
+"""Sample pictures on every rank at once: prompts split, true batches, PNGs written while the next batch is drawn.
+
+Nothing inside the drawing is a collective, so a slow or a failing rank keeps nobody from finishing its share. Then all
+ranks, those without prompts too, take part in one exchange of rows and errors, and in one barrier.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from distributed.process_group import Ranks, barrier, gather_objects
+from models.flow import TimeGrid, VelocityField
+from models.folding import fold_text
+from models.vae import decode, to_pil
+from sampling.ddim import randn, rollout
+from sampling.review import write_review
+
+log = logging.getLogger(__name__)
+
+VERBOSE_LOGGING_THRESHOLD = 4  # a log line a picture up to so many prompts a rank, a progress bar beyond
+DEFAULT_BATCH_SIZE = 16  # enough to fill a GPU, few enough that writing overlaps with drawing
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of pictures. Every rank holds the same one."""
+
+    prompts: tuple[str, ...]
+    epoch: int
+    step: int
+    grid: TimeGrid
+    shift: float
+    height: int
+    width: int
+    seed: int  # picture i is drawn from seed + i
+    weights: str = "raw"  # "raw", "ema", or "teacher"
+    sampler: str = "ddim"
+    eta: float = 0.0
+
+    @property
+    def prefix(self) -> str:
+        return "teacher" if self.weights == "teacher" else f"epoch_{self.epoch:04d}"
+
+
+@dataclass
+class Row:
+    """A line of the manifest: all that is needed to draw the picture again, or why it is missing."""
+
+    file: str
+    prompt: str
+    prompt_index: int
+    epoch: int
+    step: int
+    rank: int
+    seed: int
+    sampler: str
+    num_inference_steps: int
+    eta: float
+    shift: float
+    weights: str
+    height: int
+    width: int
+    seconds: float = 0.0
+    ok: bool = False
+    error: str | None = None
+
+
+class RoundFailed(RuntimeError):
+    """No picture of a round could be drawn, or a rank could not take part. Raised alike on every rank."""
+
+
+def share(count: int, rank: int, world_size: int) -> range:
+    """The prompts of a rank: ceil(count / world_size) neighbours each, so 5 on 4 ranks are 2, 2, 1, 0."""
+    each = -(-count // world_size)
+    return range(min(rank * each, count), min((rank + 1) * each, count))
+
+
+class ParallelSampler:
+    """Draws rounds of pictures into `folder`; remembers the batch size that fits.
+
+    Args:
+        latent_shape: (C, 1, H, W) of one picture.
+        batch_size: pictures drawn together; by default up to DEFAULT_BATCH_SIZE. Halved when memory runs out.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKLWan,
+        latent_shape: tuple[int, ...],
+        folder: Path,
+        ranks: Ranks,
+        batch_size: int | None = None,
+    ) -> None:
+        self.vae, self.latent_shape, self.folder, self.ranks = vae, latent_shape, folder, ranks
+        self.batch_size = batch_size or DEFAULT_BATCH_SIZE
+
+    def draw(self, round_: Round, field: VelocityField, text: list[torch.Tensor]) -> list[Row]:
+        """Draw a round. All ranks call it, each with the same round and the text (n, D) of all its prompts.
+
+        Returns every rank's rows, in the order of the prompts. Raises RoundFailed on all ranks together.
+        """
+        rows, error = [], None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            rows = self._draw_share(round_, field, text)
+        except Exception as failure:  # shared with the other ranks below, which would otherwise wait for this one
+            log.exception("rank %d could not draw its share of %s", self.ranks.rank, round_.prefix)
+            error = f"{type(failure).__name__}: {failure}"
+        shares = gather_objects((rows, error))
+        rows = [row for share_rows, _ in shares for row in share_rows]
+        if self.ranks.is_main:
+            try:
+                write_review(self.folder, [asdict(row) for row in rows])
+            except OSError as failure:
+                error = f"review page: {failure}"
+        # People look at the folder when the program says that the round is over: so all files are there by then.
+        barrier()
+        problems = [f"rank {rank}: {e}" for rank, (_, e) in enumerate(shares) if e]
+        if not problems and rows and not any(row.ok for row in rows):
+            problems = [f"rank {rows[0].rank}: {rows[0].error}"]
+        if problems:
+            raise RoundFailed(f"sampling round {round_.prefix} failed on {'; '.join(problems)}")
+        if error:
+            log.warning("%s", error)
+        return rows
+
+    @torch.no_grad()
+    def _draw_share(self, round_: Round, field: VelocityField, text: list[torch.Tensor]) -> list[Row]:
+        mine = share(len(round_.prompts), self.ranks.rank, self.ranks.world_size)
+        rows = {index: self._row(round_, index, number) for number, index in enumerate(mine)}
+        verbose = len(mine) <= VERBOSE_LOGGING_THRESHOLD
+        bar = tqdm(total=len(mine), desc=round_.prefix, unit="picture", disable=verbose or not self.ranks.is_main)
+        with bar, ThreadPoolExecutor(max_workers=1) as writer:
+            pending: list[Future] = []
+            for batch, latents, seconds in self._draw_batches(round_, field, text, list(mine), rows):
+                pending.append(writer.submit(self._write, latents, [rows[i] for i in batch], seconds))
+                # At most one batch waits to be written: memory stays bounded when the disk is slower than the GPU.
+                while len(pending) > 1:
+                    bar.update(pending.pop(0).result())
+            for future in pending:
+                bar.update(future.result())
+        for row in rows.values():
+            if verbose and row.ok:
+                log.info("rank %d: %s (%.2f s) %s", row.rank, row.file, row.seconds, row.prompt)
+            elif not row.ok:
+                log.warning("rank %d: %s failed: %s | prompt: %s", row.rank, row.file, row.error, row.prompt)
+        return list(rows.values())
+
+    def _draw_batches(
+        self, round_: Round, field: VelocityField, text: list[torch.Tensor], indices: list[int], rows: dict[int, Row]
+    ) -> Iterator[tuple[list[int], torch.Tensor, float]]:
+        """(prompt indices, latents, seconds a picture), batch by batch. A picture that cannot be drawn gets its error
+        into its row, and the others of its batch are drawn without it."""
+        queue = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+        while queue:
+            batch = queue.pop(0)
+            started = time.perf_counter()
+            try:
+                latents = self._draw_batch(round_, field, [text[i] for i in batch], batch)
+            except Exception as failure:  # recorded with its picture; the round reports it
+                if len(batch) == 1:
+                    rows[batch[0]].error = f"{type(failure).__name__}: {failure}"
+                    continue
+                if isinstance(failure, torch.OutOfMemoryError):
+                    self.batch_size = -(-len(batch) // 2)
+                    torch.cuda.empty_cache()
+                    log.warning("rank %d: out of memory; drawing %d at a time", self.ranks.rank, self.batch_size)
+                    rest = [i for waiting in [batch, *queue] for i in waiting]
+                    queue = [rest[i : i + self.batch_size] for i in range(0, len(rest), self.batch_size)]
+                else:
+                    queue[:0] = [[i] for i in batch]
+                continue
+            yield batch, latents, (time.perf_counter() - started) / len(batch)
+
+    def _draw_batch(
+        self, round_: Round, field: VelocityField, text: list[torch.Tensor], indices: list[int]
+    ) -> torch.Tensor:
+        """Latents (B, C, 1, H, W) of some prompts, each from its own generator."""
+        generators = [torch.Generator().manual_seed(round_.seed + i) for i in indices]
+        noise = randn(self.latent_shape, generators).to(self.ranks.device)
+        padded = torch.nn.utils.rnn.pad_sequence(text, batch_first=True).float()  # (B, L, D)
+        lengths = torch.tensor([len(t) for t in text])
+        embeds = fold_text(padded, torch.arange(padded.shape[1]) < lengths[:, None]).to(self.ranks.device)
+        latents = rollout(field, noise, round_.grid, embeds, round_.sampler, round_.eta, generators).latents
+        if latents.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # an error of this batch shall show here, and its time be true
+        return latents
+
+    @torch.no_grad()
+    def _write(self, latents: torch.Tensor, rows: list[Row], seconds: float) -> int:
+        """Decode and write one batch (in the writer's thread); the number of pictures dealt with."""
+        finite = torch.isfinite(latents).flatten(1).all(1).tolist()
+        started = time.perf_counter()
+        pictures = to_pil(decode(self.vae, latents))
+        seconds += (time.perf_counter() - started) / len(rows)
+        for row, picture, good in zip(rows, pictures, finite, strict=True):
+            if not good:
+                row.error = "the latents are not finite (NaN or infinity)"
+                continue
+            try:
+                row.seconds, row.ok = round(seconds, 4), True
+                write_png(self.folder / row.file, picture, asdict(row))
+            except OSError as failure:
+                row.ok, row.error = False, f"{type(failure).__name__}: {failure}"
+        return len(rows)
+
+    def _row(self, round_: Round, index: int, number: int) -> Row:
+        rank = self.ranks.rank
+        return Row(
+            file=f"{round_.prefix}_rank_{rank}_sample_{number:02d}.png",
+            prompt=round_.prompts[index],
+            prompt_index=index,
+            epoch=round_.epoch,
+            step=round_.step,
+            rank=rank,
+            seed=round_.seed + index,
+            sampler=round_.sampler,
+            num_inference_steps=len(round_.grid),
+            eta=round_.eta,
+            shift=round_.shift,
+            weights=round_.weights,
+            height=round_.height,
+            width=round_.width,
+        )
+
+
+def write_png(path: Path, picture: Image.Image, facts: dict) -> None:
+    """A PNG that carries its manifest row as text. It appears under its name only when it is whole."""
+    info = PngInfo()
+    for key, value in facts.items():
+        if value is not None:
+            info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+    temporary = path.with_name(f".{path.name}.tmp")
+    picture.save(temporary, format="PNG", pnginfo=info)
+    os.replace(temporary, path)

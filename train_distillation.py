@@ -1,0 +1,369 @@
+"""Distill a Wan text-to-video teacher into a few-step text-to-image student, from a file of prompts and nothing else.
+
+    python train_distillation.py --config config/tiny.toml
+    torchrun --nproc_per_node=4 train_distillation.py --teacher_path Wan-AI/Wan2.2-T2V-A14B-Diffusers \
+        --student_config config/student_config.json --data_path data/static_prompts.txt --output_dir outputs/wan_t2i
+"""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import WanTransformer3DModel
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from config.config import Config, load_config
+from config.errors import UserError
+from data.prompt_embeddings import PromptEmbeddings, encode_prompts, encoder_key
+from data.sampler import PromptSampler
+from distillation.ema import EMA
+from distillation.objective import Noise, Objective, Setup, build_objective, settings_of
+from distillation.plan import Plan, describe, make_plan, read_sample_prompts
+from distillation.progress import Progress
+from distillation.trained import Trained
+from distributed.process_group import (
+    Ranks,
+    barrier,
+    broadcast_object,
+    check_launch,
+    destroy,
+    fail,
+    init_process_group,
+    on_main,
+)
+from distributed.sharding import wrap
+from models.export import StudentCard, export_student
+from models.flow import few_step_grid, few_step_scheduler
+from models.folding import MAX_SEQUENCE_LENGTH, fold_text_attention
+from models.student import build_student, describe_init
+from models.teacher import (
+    Teacher,
+    TeacherInfo,
+    WanVelocity,
+    default_guidance,
+    download_weights,
+    encode_text,
+    inspect_teacher,
+    load_teacher,
+    load_text_pipeline,
+    load_transformer,
+    resolve_dtype,
+)
+from models.vae import load_vae
+from sampling.parallel import ParallelSampler, Round
+
+PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@record  # leaves the failing rank's traceback where torchrun looks for it
+def main(argv: list[str]) -> None:
+    config = load_config(argv, settings_of)
+    if config.run.multi_gpu and "RANK" not in os.environ:
+        start_one_process_a_gpu(argv)
+    check_launch(config.run.distributed)
+    ranks = init_process_group(config.run.ddp_timeout)
+    set_up_logging(ranks)
+    if config.sampling.sample_only:
+        draw_from_student(config, ranks)
+    else:
+        train(config, ranks)
+    destroy()
+
+
+def train(config: Config, ranks: Ranks) -> None:
+    # What a user can get wrong is looked at first: configs and prompts are read, no weight is loaded.
+    plan = make_plan(config, ranks)
+    prepare_output_folder(config, ranks)
+    say(ranks, f"train_distillation.py\n{describe(plan, config, ranks)}")
+
+    # The prompts to train on, those to draw, and the negative one: encoded once, split over the ranks, kept on disk.
+    all_prompts = [*plan.prompts, *plan.sample_prompts, config.teacher.negative_prompt]
+    text = encode_all(config, plan.info, all_prompts, plan.dtype, ranks)
+    sample_text = [text[len(plan.prompts) + i] for i in range(len(plan.sample_prompts))]
+
+    # Teacher and student. One seed for weights: what is fresh in the student is alike on every rank.
+    torch.manual_seed(config.run.seed)
+    teacher_device = torch.device("cpu") if config.teacher.teacher_device_strategy == "cpu" else ranks.device
+    guidance = (config.teacher.guidance_scale, config.teacher.guidance_scale_2)
+    teacher = load_teacher(plan.info, teacher_device, plan.dtype, text[len(all_prompts) - 1], *guidance)
+    student = make_student(config, plan, ranks)
+    wrapped = wrap(student, ranks)
+    barrier()  # all ranks: the first all-reduce is not started while a slower rank still reads weights
+
+    expand, autocast = plan.info.expand_timesteps, PRECISION[config.optimization.mixed_precision]
+    # Training goes through the wrapper, pictures through the bare module: a wrapper's forward may be a collective,
+    # and the ranks draw unequal shares.
+    setup = Setup(teacher, WanVelocity(wrapped, expand, autocast=autocast), plan.grid, plan.shift)
+    sample_field = WanVelocity(student, expand, autocast=autocast)
+    ema = EMA(student, config.optimization.ema_decay) if config.optimization.use_ema else None
+    sampler = make_sampler(config, plan.info, plan.spec.height, plan.spec.width, ranks) if plan.sample_prompts else None
+    if sampler and config.sampling.sample_teacher:
+        sampler.draw(teacher_round(config, plan), teacher, sample_text)  # all ranks
+
+    settings = config.optimization
+    prompts = PromptSampler(len(plan.prompts), settings.train_batch_size, ranks.rank, ranks.world_size, config.run.seed)
+    progress = Progress(
+        Path(config.run.output_dir) / "metrics.jsonl",
+        plan.total_steps,
+        config.run.logging_steps,
+        settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size,
+        ranks,
+    )
+    step = 0
+    for number, phase in enumerate(plan.phases, 1):
+        objective = build_objective(phase.objective, setup, phase.settings)
+        trained = {"student": Trained(student, settings, phase, ranks, wrapped)}
+        trained |= {name: Trained(network, settings, phase, ranks) for name, network in objective.networks().items()}
+        for _ in range(phase.steps):
+            batches = [text.batch(next(prompts)) for _ in range(settings.gradient_accumulation_steps)]
+            figures = optimization_step(objective, trained, batches, config.run.seed, step, plan.latent_shape, ranks)
+            objective.after_step(step)
+            if ema:
+                ema.update()
+            step += 1
+            # All ranks: a logged row is the mean over them.
+            progress.advance(step, plan.epoch_of(step), number, phase.objective, figures, trained)
+            if sampler and plan.is_sampling_step(step):
+                # All ranks: each draws its share of the pictures.
+                with progress.paused(), ema.applied() if ema else nullcontext():
+                    sampler.draw(student_round(config, plan, step), sample_field, sample_text)
+        # Rank 0 writes, and tells the others whether it worked.
+        with ema.applied() if ema else nullcontext():
+            on_main(ranks, lambda step=step: export(config, plan, student, step))
+    progress.close()
+    say(ranks, results(config, plan))
+
+
+def optimization_step(
+    objective: Objective,
+    trained: dict[str, Trained],
+    batches: list,
+    seed: int,
+    step: int,
+    latent_shape: tuple[int, ...],
+    ranks: Ranks,
+) -> dict[str, torch.Tensor]:
+    """One step's updates, over all its micro-batches. Returns its figures on the device: nothing waits for a GPU."""
+    schedule, figures = objective.schedule(step), {}
+    for update, name in enumerate(schedule):
+        network = trained[name]
+        prefix = "" if name == "student" else f"{name}_"
+        weight = 1 / (len(batches) * schedule.count(name))
+        for micro_step, batch in enumerate(batches):
+            noise = Noise(seed, ranks.rank, step, update, micro_step, latent_shape, ranks.device)
+            # Gradients travel once an update: with the last micro-batch. no_sync must enclose the forward too.
+            travels = micro_step == len(batches) - 1 or ranks.world_size == 1
+            with nullcontext() if travels else network.wrapped.no_sync():
+                loss, extra = objective.loss(name, batch, noise)
+                network.scaler.scale(loss / len(batches)).backward()
+            for key, value in {"loss": loss.detach(), **extra}.items():
+                figures[prefix + key] = figures.get(prefix + key, 0.0) + value * weight
+        figures[f"{prefix}grad_norm"] = network.step()
+    for name in set(schedule):
+        trained[name].lr_scheduler.step()
+    return figures
+
+
+# ------------------------------------------------------------------------------------------------------- parts
+
+
+def encode_all(
+    config: Config, info: TeacherInfo, prompts: list[str], dtype: torch.dtype, ranks: Ranks
+) -> PromptEmbeddings:
+    """Every prompt's text embedding, from disk where an earlier run left it. The text encoder is freed at the end."""
+    if ranks.local_rank == 0:
+        download_weights(info)
+    barrier()  # all ranks: one download a machine, and nobody reads half of one
+    cache = Path(config.data.prompt_cache_dir or Path(config.run.output_dir) / "prompt_embeddings")
+    key = encoder_key(info.folder / "text_encoder", info.folder / "tokenizer", dtype, MAX_SEQUENCE_LENGTH)
+
+    def load_encoder():
+        pipeline = load_text_pipeline(info, ranks.device, dtype)
+        return lambda batch: encode_text(pipeline, batch)
+
+    return encode_prompts(prompts, load_encoder, cache, key, ranks)
+
+
+def make_student(config: Config, plan: Plan, ranks: Ranks) -> WanTransformer3DModel:
+    """The student in float32 on the rank's device, made from the teacher's weights; says what came from where."""
+    source = load_transformer(plan.info.folder, plan.spec.init_from, torch.float32)
+    student, rows = build_student(plan.spec, source, torch.float32)
+    say(ranks, describe_init(rows))
+    if config.optimization.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    return fold_text_attention(student).to(ranks.device).train()
+
+
+def make_sampler(config: Config, info: TeacherInfo, height: int, width: int, ranks: Ranks) -> ParallelSampler:
+    vae = load_vae(info.folder, ranks.device)
+    folder = Path(config.sampling.sample_dir)
+    return ParallelSampler(vae, info.latent_shape(height, width), folder, ranks, config.sampling.sample_batch_size)
+
+
+def student_round(config: Config, plan: Plan, step: int) -> Round:
+    """The pictures after `step` steps: on the grid that ships, unless --sample_steps asks for another."""
+    sampling = config.sampling
+    return Round(
+        prompts=tuple(plan.sample_prompts),
+        epoch=plan.epoch_of(step),
+        step=step,
+        grid=few_step_grid(sampling.sample_steps, plan.shift) if sampling.sample_steps else plan.grid,
+        shift=plan.shift,
+        height=plan.spec.height,
+        width=plan.spec.width,
+        seed=sampling.sample_seed,
+        weights="ema" if config.optimization.use_ema else "raw",
+        sampler=sampling.sampler,
+        eta=sampling.sample_eta,
+    )
+
+
+def teacher_round(config: Config, plan: Plan) -> Round:
+    """The teacher's pictures of the same prompts and noise, guided, in many steps."""
+    return Round(
+        prompts=tuple(plan.sample_prompts),
+        epoch=0,
+        step=0,
+        grid=few_step_grid(config.sampling.sample_teacher_steps, plan.info.flow_shift),
+        shift=plan.info.flow_shift,
+        height=plan.spec.height,
+        width=plan.spec.width,
+        seed=config.sampling.sample_seed,
+        weights="teacher",
+    )
+
+
+def draw_from_student(config: Config, ranks: Ranks) -> None:
+    """--sample_only: pictures from a finished student's pipeline, on any number of ranks."""
+    info = inspect_teacher(config.student.student_path, flow_shift=config.student.student_shift, flag="--student_path")
+    prompts = read_sample_prompts(config)
+    height, width, num_steps = (
+        flag or exported
+        for flag, exported in zip(
+            (config.student.height, config.student.width, config.sampling.sample_steps),
+            exported_defaults(Path(config.student.student_path)),
+            strict=True,
+        )
+    )
+    dtype = resolve_dtype(config.teacher.teacher_dtype, ranks.device)
+    text = encode_all(config, info, prompts, dtype, ranks)
+    transformer = load_transformer(info.folder, "transformer", dtype).to(ranks.device)
+    field = WanVelocity(transformer, info.expand_timesteps, dtype)
+    round_ = Round(
+        prompts=tuple(prompts),
+        epoch=0,
+        step=0,
+        grid=few_step_grid(num_steps, info.flow_shift),
+        shift=info.flow_shift,
+        height=height,
+        width=width,
+        seed=config.sampling.sample_seed,
+        sampler=config.sampling.sampler,
+        eta=config.sampling.sample_eta,
+    )
+    sampler = make_sampler(config, info, height, width, ranks)
+    sampler.draw(round_, field, [text[i] for i in range(len(prompts))])
+    say(ranks, f"pictures: {sampler.folder}/*.png\nreview page: {sampler.folder}/index.html")
+
+
+# ------------------------------------------------------------------------------------------------- before and after
+
+
+def prepare_output_folder(config: Config, ranks: Ranks) -> None:
+    """Make the folder and write the resolved settings into it. A folder that holds another run is refused."""
+    folder = Path(config.run.output_dir)
+    held = broadcast_object((folder / "config.json").exists())
+    if held and not config.run.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {folder}: holds another run; choose another folder, or pass --overwrite_output_dir to replace it"
+        )
+    on_main(ranks, lambda: write_run_facts(config, folder))
+
+
+def write_run_facts(config: Config, folder: Path) -> None:
+    for name in ("metrics.jsonl", "config.json"):
+        (folder / name).unlink(missing_ok=True)
+    for left_over in (folder / "student", Path(config.sampling.sample_dir)):
+        if (left_over / "model_index.json").exists() or (left_over / "manifest.jsonl").exists():
+            shutil.rmtree(left_over)
+    folder.mkdir(parents=True, exist_ok=True)
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    facts = {
+        "settings": config.to_dict(),
+        "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
+        "commit": commit or None,
+    }
+    (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def export(config: Config, plan: Plan, student: WanTransformer3DModel, step: int) -> None:
+    """The student as a Diffusers pipeline in output_dir/student. Rank 0 only; no collective."""
+    card = StudentCard(
+        teacher=plan.info.name,
+        command=["python", *sys.argv],
+        objective=", then ".join(f"{p.objective} ({p.steps} steps)" for p in plan.phases),
+        training_steps=step,
+        num_inference_steps=len(plan.grid),
+        height=plan.spec.height,
+        width=plan.spec.width,
+        settings={k: v for section in config.to_dict().values() if isinstance(section, dict) for k, v in section.items()},
+    )
+    dtype = PRECISION[config.optimization.mixed_precision] or torch.float32
+    folder = Path(config.run.output_dir) / "student"
+    export_student(student, few_step_scheduler(plan.shift), plan.info.folder, folder, card, dtype)
+
+
+def results(config: Config, plan: Plan) -> str:
+    lines = [f"student: {config.run.output_dir}/student"]
+    if plan.sample_prompts:
+        lines += [f"pictures: {config.sampling.sample_dir}/*.png", f"review page: {config.sampling.sample_dir}/index.html"]
+    return "\n".join(lines)
+
+
+def say(ranks: Ranks, text: str) -> None:
+    if ranks.is_main:
+        print(text, flush=True)
+
+
+def set_up_logging(ranks: Ranks) -> None:
+    """Warnings and errors from every rank, notes from the program's own modules; libraries stay quiet."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for package in ("config", "data", "models", "sampling", "distillation", "distributed"):
+        logging.getLogger(package).setLevel(logging.INFO)
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def start_one_process_a_gpu(argv: list[str]) -> None:
+    """--multi_gpu: become torch's own launcher, which starts this program once a GPU."""
+    count = torch.cuda.device_count()
+    if not count:
+        raise UserError("--multi_gpu: no GPU found; leave it out, or use torchrun --nproc_per_node=2 to run on CPU")
+    rest = [a for a in argv if a != "--multi_gpu"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    os.execv(sys.executable, [sys.executable, *launcher, __file__, *rest])
+
+
+if __name__ == "__main__":
+    rank = os.environ.get("RANK", "0")
+    try:
+        main(sys.argv[1:])
+    except UserError as mistake:
+        # Every rank reads the same flags and files; one line is enough unless it is another rank's own trouble.
+        print(f"{'' if rank == '0' else f'rank {rank}: '}error: {mistake}", file=sys.stderr, flush=True)
+        os._exit(2)
+    except Exception as failure:
+        traceback.print_exc()
+        fail(f"{type(failure).__name__}: {failure}")
