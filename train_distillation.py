@@ -41,15 +41,13 @@ from distributed.process_group import (
     on_main,
 )
 from distributed.sharding import wrap
-from models.export import StudentCard, export_student
+from models.export import DRAWING_FILE, StudentCard, check_export_target, export_student
 from models.flow import few_step_grid, few_step_scheduler
 from models.folding import MAX_SEQUENCE_LENGTH, fold_text_attention
 from models.student import build_student, describe_init
 from models.teacher import (
-    Teacher,
     TeacherInfo,
     WanVelocity,
-    default_guidance,
     download_weights,
     encode_text,
     inspect_teacher,
@@ -82,7 +80,7 @@ def main(argv: list[str]) -> None:
 def train(config: Config, ranks: Ranks) -> None:
     # What a user can get wrong is looked at first: configs and prompts are read, no weight is loaded.
     plan = make_plan(config, ranks)
-    prepare_output_folder(config, ranks)
+    prepare_output_folder(config, plan.info, ranks)
     say(ranks, f"train_distillation.py\n{describe(plan, config, ranks)}")
 
     # The prompts to train on, those to draw, and the negative one: encoded once, split over the ranks, kept on disk.
@@ -246,14 +244,11 @@ def draw_from_student(config: Config, ranks: Ranks) -> None:
     """--sample_only: pictures from a finished student's pipeline, on any number of ranks."""
     info = inspect_teacher(config.student.student_path, flow_shift=config.student.student_shift, flag="--student_path")
     prompts = read_sample_prompts(config)
-    height, width, num_steps = (
-        flag or exported
-        for flag, exported in zip(
-            (config.student.height, config.student.width, config.sampling.sample_steps),
-            exported_defaults(Path(config.student.student_path)),
-            strict=True,
-        )
-    )
+    drawing = json.loads((info.folder / DRAWING_FILE).read_text()) if (info.folder / DRAWING_FILE).exists() else {}
+    height, width = config.student.height or drawing.get("height"), config.student.width or drawing.get("width")
+    if not height or not width:
+        raise UserError(f"--student_path {info.name}: has no {DRAWING_FILE}; give --height and --width in pixels")
+    num_steps = config.sampling.sample_steps or drawing.get("num_inference_steps") or config.student.student_steps
     dtype = resolve_dtype(config.teacher.teacher_dtype, ranks.device)
     text = encode_all(config, info, prompts, dtype, ranks)
     transformer = load_transformer(info.folder, "transformer", dtype).to(ranks.device)
@@ -278,13 +273,15 @@ def draw_from_student(config: Config, ranks: Ranks) -> None:
 # ------------------------------------------------------------------------------------------------- before and after
 
 
-def prepare_output_folder(config: Config, ranks: Ranks) -> None:
+def prepare_output_folder(config: Config, info: TeacherInfo, ranks: Ranks) -> None:
     """Make the folder and write the resolved settings into it. A folder that holds another run is refused."""
     folder = Path(config.run.output_dir)
+    check_export_target(folder / "student", info.folder)
     held = broadcast_object((folder / "config.json").exists())
     if held and not config.run.overwrite_output_dir:
         raise UserError(
-            f"--output_dir {folder}: holds another run; choose another folder, or pass --overwrite_output_dir to replace it"
+            f"--output_dir {folder}: holds another run; choose another folder, or pass --overwrite_output_dir to "
+            "replace it"
         )
     on_main(ranks, lambda: write_run_facts(config, folder))
 
@@ -316,7 +313,9 @@ def export(config: Config, plan: Plan, student: WanTransformer3DModel, step: int
         num_inference_steps=len(plan.grid),
         height=plan.spec.height,
         width=plan.spec.width,
-        settings={k: v for section in config.to_dict().values() if isinstance(section, dict) for k, v in section.items()},
+        settings={
+            k: v for section in config.to_dict().values() if isinstance(section, dict) for k, v in section.items()
+        },
     )
     dtype = PRECISION[config.optimization.mixed_precision] or torch.float32
     folder = Path(config.run.output_dir) / "student"
@@ -326,7 +325,10 @@ def export(config: Config, plan: Plan, student: WanTransformer3DModel, step: int
 def results(config: Config, plan: Plan) -> str:
     lines = [f"student: {config.run.output_dir}/student"]
     if plan.sample_prompts:
-        lines += [f"pictures: {config.sampling.sample_dir}/*.png", f"review page: {config.sampling.sample_dir}/index.html"]
+        lines += [
+            f"pictures: {config.sampling.sample_dir}/*.png",
+            f"review page: {config.sampling.sample_dir}/index.html",
+        ]
     return "\n".join(lines)
 
 

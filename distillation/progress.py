@@ -37,7 +37,9 @@ class Progress:
         if step % self.every and step != self.total_steps:
             return
         keys = sorted(self._sums)
-        sums = torch.stack([torch.as_tensor(self._sums[k], dtype=torch.float32, device=self.ranks.device) for k in keys])
+        sums = torch.stack(
+            [torch.as_tensor(self._sums[k], dtype=torch.float32, device=self.ranks.device) for k in keys]
+        )
         means = mean_over_ranks(sums / self._steps).tolist()
         self._seconds += time.perf_counter() - self._resumed
         step_seconds = self._seconds / self._steps

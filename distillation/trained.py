@@ -16,7 +16,12 @@ class Trained:
     """
 
     def __init__(
-        self, network: nn.Module, settings: OptimizationConfig, phase: Phase, ranks: Ranks, wrapped: nn.Module | None = None
+        self,
+        network: nn.Module,
+        settings: OptimizationConfig,
+        phase: Phase,
+        ranks: Ranks,
+        wrapped: nn.Module | None = None,
     ) -> None:
         self.network, self.wrapped = network, wrapped or wrap(network, ranks)
         self.max_grad_norm = settings.max_grad_norm

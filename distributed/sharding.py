@@ -12,4 +12,6 @@ def wrap(network: nn.Module, ranks: Ranks) -> nn.Module:
         return network
     device_ids = [ranks.local_rank] if ranks.device.type == "cuda" else None
     # Wan has no buffer that training changes, so none is broadcast. Never static_graph: it breaks under no_sync.
-    return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )

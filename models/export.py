@@ -18,6 +18,7 @@ from diffusers import SchedulerMixin, WanTransformer3DModel
 from config.errors import UserError
 from models.student import parameter_dtype
 
+DRAWING_FILE = "distillation.json"  # how the student draws; no file of a stock pipeline has a place for it
 NAME_KEYS = ("_name_or_path", "name_or_path")  # where Diffusers and transformers note what they loaded
 
 
@@ -70,6 +71,8 @@ def export_student(
     for part, entry in index.items():
         if isinstance(entry, list) and entry[0] is not None and not (new / part).exists():
             _link_folder(teacher_folder / part, new / part)
+    drawing = {name: getattr(card, name) for name in ("height", "width", "num_inference_steps")}
+    _write_json(drawing, new / DRAWING_FILE)
     (new / "README.md").write_text(model_card(card), encoding="utf-8")
     _swap_in(new, output_dir)
 

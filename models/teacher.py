@@ -129,7 +129,7 @@ def _class_name(path: Path) -> str | None:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """"auto" is bfloat16 on a GPU and float32 elsewhere."""
+    """ "auto" is bfloat16 on a GPU and float32 elsewhere."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[name]

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-from data.scenes import BACKGROUNDS, COLOURS, PLACES, RADII, RELATIONS, SHAPES, SIZE, draw, random_scenes
+from data.scenes import BACKGROUNDS, COLOURS, PLACES, RADII, RELATIONS, SHAPES, draw, random_scenes
 from models.flow import add_noise, shift_time
 from models.folding import fold_text, fold_text_attention, fold_time
 
@@ -174,19 +173,26 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
 
 
-def train_vae(vae: AutoencoderKLWan, pictures: np.ndarray, steps: int, work: Path) -> None:
-    """Reconstruction (L1 + squared error) and a light pull of the latents towards a unit Gaussian."""
+def train_vae(vae: AutoencoderKLWan, pictures: np.ndarray, steps: dict[str, int], work: Path) -> None:
+    """Reconstruction, and a light pull of the latents towards a unit Gaussian.
 
-    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        indices = torch.randint(len(pictures), (16,), generator=generator).sort().values
-        x = to_tensor(pictures[indices.numpy()])
-        posterior = vae.encode(x).latent_dist
-        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
-        error = vae.decode(z).sample - x
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        return error.abs().mean() + error.square().mean() + 5e-4 * kl
+    First absolute error in larger batches, for colours and places; then squared error in small ones, for sharp edges.
+    """
 
-    train("vae", {"vae": vae}, loss, steps, 1.5e-3, work, ema_decay=0.995)
+    def loss(batch_size: int, absolute: float, squared: float, pull: float):
+        def evaluate(step: int, generator: torch.Generator) -> torch.Tensor:
+            indices = torch.randint(len(pictures), (batch_size,), generator=generator).sort().values
+            x = to_tensor(pictures[indices.numpy()])
+            posterior = vae.encode(x).latent_dist
+            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+            error = vae.decode(z).sample - x
+            kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+            return absolute * error.abs().mean() + squared * error.square().mean() + pull * kl
+
+        return evaluate
+
+    train("vae", {"vae": vae}, loss(16, 1.0, 1.0, 5e-4), steps["vae"], 1.5e-3, work, ema_decay=0.995)
+    train("vae_edges", {"vae": vae}, loss(6, 0.2, 5.0, 2e-4), steps["vae_edges"], 1.2e-3, work, ema_decay=0.998)
 
 
 @torch.no_grad()
@@ -251,7 +257,7 @@ def make(output: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     tokenizer = build_tokenizer()
     text_encoder, vae, transformer = build_text_encoder(tokenizer), build_vae(), build_transformer()
     pictures, captions = scene_bank(seed, BANK, work)
-    train_vae(vae, pictures, steps["vae"], work)
+    train_vae(vae, pictures, steps, work)
     latents, tokens = latent_bank(vae, pictures, work), tokenize(tokenizer, captions)
     shared = (text_encoder, tokens, latents)
     train_transformer("base", transformer, *shared, (0.0, 1.0), steps["base"], 1.5e-3, work, with_text_encoder=True)
@@ -284,11 +290,13 @@ def assemble(output: Path, tokenizer, text_encoder, vae, high, low) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=HOME, help="the pipeline's folder (models/tiny_wan)")
-    parser.add_argument("--work", type=Path, default=Path("outputs/tiny_wan_making"), help="finished and running stages")
+    parser.add_argument(
+        "--work", type=Path, default=Path("outputs/tiny_wan_making"), help="finished and running stages"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=json.loads, default={}, help='e.g. \'{"vae": 3000}\'')
+    parser.add_argument("--steps", type=json.loads, default={}, help="e.g. '{\"vae\": 3000}'")
     args = parser.parse_args()
-    steps = {"vae": 3000, "base": 7500, "high": 2000, "low": 3000} | args.steps
+    steps = {"vae": 3000, "vae_edges": 6000, "base": 6500, "high": 1500, "low": 2500} | args.steps
     make(args.output, args.work, steps, args.seed)
 
 

@@ -200,19 +200,26 @@ class ParallelSampler:
     @torch.no_grad()
     def _write(self, latents: torch.Tensor, rows: list[Row], seconds: float) -> int:
         """Decode and write one batch (in the writer's thread); the number of pictures dealt with."""
-        finite = torch.isfinite(latents).flatten(1).all(1).tolist()
         started = time.perf_counter()
-        pictures = to_pil(decode(self.vae, latents))
+        try:
+            pictures = to_pil(decode(self.vae, latents))
+        except Exception as failure:  # recorded with its picture; the others are decoded without it
+            if len(rows) == 1:
+                rows[0].error = f"{type(failure).__name__}: {failure}"
+                return 1
+            return sum(self._write(latents[i : i + 1], rows[i : i + 1], seconds) for i in range(len(rows)))
         seconds += (time.perf_counter() - started) / len(rows)
+        finite = torch.isfinite(latents).flatten(1).all(1).tolist()
         for row, picture, good in zip(rows, pictures, finite, strict=True):
+            row.seconds = round(seconds, 4)
             if not good:
                 row.error = "the latents are not finite (NaN or infinity)"
                 continue
             try:
-                row.seconds, row.ok = round(seconds, 4), True
-                write_png(self.folder / row.file, picture, asdict(row))
+                write_png(self.folder / row.file, picture, asdict(row) | {"ok": True})
+                row.ok = True
             except OSError as failure:
-                row.ok, row.error = False, f"{type(failure).__name__}: {failure}"
+                row.error = f"{type(failure).__name__}: {failure}"
         return len(rows)
 
     def _row(self, round_: Round, index: int, number: int) -> Row:

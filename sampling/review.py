@@ -34,7 +34,9 @@ def read_manifest(folder: Path) -> list[dict]:
 def write_contact_sheet(path: Path, folder: Path, rows: list[dict]) -> None:
     """All pictures of a round in one, with their prompts; a failed picture leaves its error in its place."""
     width, height = rows[0]["width"], rows[0]["height"]
-    scale = max(1, THUMBNAIL // max(width, height)) if max(width, height) < THUMBNAIL else THUMBNAIL / max(width, height)
+    scale = (
+        max(1, THUMBNAIL // max(width, height)) if max(width, height) < THUMBNAIL else THUMBNAIL / max(width, height)
+    )
     w, h = int(width * scale), int(height * scale)
     columns = min(len(rows), max(1, 1600 // w))
     sheet = Image.new("RGB", (columns * (w + 8) + 8, -(-len(rows) // columns) * (h + CAPTION_HEIGHT + 8) + 8), "white")
@@ -43,7 +45,9 @@ def write_contact_sheet(path: Path, folder: Path, rows: list[dict]) -> None:
         x, y = 8 + i % columns * (w + 8), 8 + i // columns * (h + CAPTION_HEIGHT + 8)
         if row["ok"]:
             with Image.open(folder / row["file"]) as picture:
-                sheet.paste(picture.resize((w, h), Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS), (x, y))
+                sheet.paste(
+                    picture.resize((w, h), Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS), (x, y)
+                )
         else:
             pen.rectangle((x, y, x + w, y + h), outline="red")
             pen.multiline_text((x + 4, y + 4), _wrap(row["error"] or "failed", w - 8, font, 6), fill="red", font=font)
@@ -105,9 +109,7 @@ def render_page(manifest: list[dict]) -> str:
     summary = f"{len(manifest)} pictures of {len(cells)} prompts" + (f", {failed} of them failed" if failed else "")
     head = "".join(f"<th>{'teacher' if kind == 'teacher' else f'epoch {epoch}'}</th>" for kind, epoch in rounds)
     small = bool(manifest) and max(manifest[0]["width"], manifest[0]["height"]) < 256
-    return _PAGE.format(
-        summary=summary, head=head, body="\n".join(body), rendering="pixelated" if small else "auto"
-    )
+    return _PAGE.format(summary=summary, head=head, body="\n".join(body), rendering="pixelated" if small else "auto")
 
 
 def _round(row: dict) -> tuple[str, int]:

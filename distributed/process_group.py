@@ -1,0 +1,211 @@
+"""Where this process stands among all of them, and what they tell each other. A plain `python` is one rank, no group.
+
+Start: `check_launch`, then `init_process_group`, then everything else: data, samplers and models made earlier would not
+be sharded. End: `destroy` after success, `fail` otherwise.
+
+Objects and flags travel over gloo on the CPU, so they neither touch GPU memory nor wait for GPU work in flight.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from config.errors import UserError
+
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # all set by torchrun
+FLIGHT_RECORDER_ENTRIES = "2000"  # collectives remembered a rank
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all, and the device that it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    launched_by_torchrun: bool
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def check_launch(distributed: bool) -> None:
+    """Raise UserError where several processes are asked for, but nothing tells this one which of them it is.
+
+    Args:
+        distributed: whether --distributed was passed.
+    """
+    missing = [name for name in LAUNCH_VARIABLES if name not in os.environ]
+    # WORLD_SIZE without the rest, as a hand-made SLURM script may leave it: every process would train all by itself.
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if not missing or not (distributed or world_size != "1"):
+        return
+    asked = "--distributed" if distributed else f"WORLD_SIZE={world_size}"
+    line = f"torchrun --nproc_per_node={torch.cuda.device_count() or 2} {shlex.join(sys.argv)}"
+    raise UserError(f"{asked} needs torchrun, which sets {', '.join(missing)} (not set); run: {line}")
+
+
+def init_process_group(timeout_seconds: float) -> Ranks:
+    """Choose this process's device and, under torchrun, join the others (also where it is the only one).
+
+    Args:
+        timeout_seconds: how long a collective waits for the slowest rank before the run is given up.
+
+    Raises:
+        UserError: more processes on this machine than GPUs.
+    """
+    ranks = _ranks_from_environment()
+    use_cuda = ranks.device.type == "cuda"
+    if use_cuda:
+        torch.cuda.set_device(ranks.device)  # before the group: else every rank opens a context on GPU 0
+    if not ranks.launched_by_torchrun:
+        return ranks
+    timeout = timedelta(seconds=timeout_seconds)
+    if use_cuda:
+        _turn_on_flight_recorder()
+        # With `device_id` NCCL connects now, where a failure is easy to read, and barriers know their device.
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=ranks.device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+    # All ranks: nobody starts to load gigabytes before every rank is known to be there.
+    dist.barrier()
+    return ranks
+
+
+def _ranks_from_environment() -> Ranks:
+    launched = all(name in os.environ for name in LAUNCH_VARIABLES)
+    rank, world_size, local_rank = (
+        int(os.environ[name]) if launched else alone
+        for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    # torchrun sets LOCAL_WORLD_SIZE too; a hand-made launcher often does not.
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if launched else 1
+    device = _device(local_rank, world_size)
+    return Ranks(rank, world_size, local_rank, local_world_size, device, launched)
+
+
+def _device(local_rank: int, world_size: int) -> torch.device:
+    if not torch.cuda.is_available():
+        # No backend of torch.distributed reduces on mps.
+        return torch.device("mps" if world_size == 1 and torch.backends.mps.is_available() else "cpu")
+    found = torch.cuda.device_count()
+    if local_rank >= found:  # two ranks on one GPU: NCCL refuses that, minutes later and in other words
+        raise UserError(
+            f"LOCAL_RANK={local_rank}, but this machine shows {found} GPU(s), one for each process; "
+            f"pass --nproc_per_node={found} to torchrun (or set CUDA_VISIBLE_DEVICES= to run on CPUs)"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _turn_on_flight_recorder() -> None:
+    """Let a timeout leave evidence: each rank's last collectives, written to TORCH_FR_DUMP_TEMP_FILE."""
+    # The older name wins where a user set it; setting both makes PyTorch warn.
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_ENTRIES)
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+def _alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized())
+
+
+def barrier() -> None:
+    """Wait until every rank is here. Collective."""
+    if not _alone():
+        dist.barrier()
+
+
+def gather_objects(obj: Any) -> list[Any]:
+    """Every rank's picklable `obj`, by rank, on all ranks. Collective."""
+    if _alone():
+        return [obj]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, obj)
+    return gathered
+
+
+def broadcast_object(obj: Any, src: int = 0) -> Any:
+    """Rank `src`'s picklable `obj`, on all ranks; what the others pass is ignored. Collective."""
+    if _alone():
+        return obj
+    box = [obj if dist.get_rank() == src else None]
+    dist.broadcast_object_list(box, src=src)
+    return box[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank; the same answer on all. Collective, cheap enough for each step."""
+    if _alone():
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def exchange_errors(error: str | None) -> str | None:
+    """ "rank 1: …; rank 3: …" from every rank's error, or None where no rank had one; the same on all. Collective."""
+    errors = gather_objects(error)
+    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None) or None
+
+
+def together(work: Callable[..., T], *args: Any) -> T:
+    """This rank's `work(*args)`; when it raises on one rank, all raise. Collective; `work` itself must not be.
+
+    Raises:
+        What `work` raised, on the rank where it did; RuntimeError with that rank's words on the others.
+    """
+    result, error = None, None
+    try:
+        result = work(*args)
+    except Exception as caught:  # kept until every rank has been told
+        error = caught
+    failures = exchange_errors(error and f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    if failures is not None:
+        raise RuntimeError(failures)
+    return result
+
+
+def on_main(ranks: Ranks, work: Callable[[], Any]) -> None:
+    """Rank 0's `work()`, while the others wait to hear whether it succeeded. Collective; `work` itself must not be."""
+    together(lambda: work() if ranks.is_main else None)
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The mean of every rank's tensor, on all ranks, in place. Collective on the tensor's own device."""
+    if not _alone():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def destroy() -> None:
+    """Leave the group after success. Never after a failure: peers inside a collective would be waited for."""
+    if not _alone():
+        dist.barrier()  # all ranks: nobody closes connections that a slower one still uses
+        dist.destroy_process_group()
+
+
+def fail(message: str) -> NoReturn:
+    """Say which rank failed and why, and end this process at once with exit code 1; torchrun then ends the others.
+
+    No clean-up: it would wait for peers that sit in a collective.
+    """
+    try:
+        print(f"rank {os.environ.get('RANK', '0')} failed: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    finally:
+        os._exit(1)
