@@ -1,0 +1,29 @@
+# make setup | demo | test | lint        Each installs what it needs first.
+PYTHON ?= python3
+BIN := .venv/bin
+CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
+# Two ranks share the cores.
+THREADS := $(shell echo $$(( $(CORES) > 1 ? $(CORES) / 2 : 1 )))
+
+.PHONY: setup demo test lint
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "$(PYTHON) is older than 3.11; run make PYTHON=python3.11 (or newer)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# On the CPU, so that two ranks can be seen at work on any machine.
+demo: setup
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc_per_node=2 \
+		train_distillation.py --config config/tiny.toml --overwrite_output_dir
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
