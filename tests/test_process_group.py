@@ -1,0 +1,169 @@
+import os
+import sys
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+
+from config.errors import UserError
+from distributed import process_group
+from distributed.process_group import LAUNCH_VARIABLES, Ranks, check_launch, init_process_group
+from tests.ranks import TIME_LIMIT, run_ranks
+
+
+@pytest.fixture(autouse=True)
+def plain_python(monkeypatch):
+    for name in (*LAUNCH_VARIABLES, "LOCAL_WORLD_SIZE", "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
+        monkeypatch.setenv(name, "to be restored")
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("TORCH_NCCL_TRACE_BUFFER_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+def launch(monkeypatch, rank, world_size, local_rank=None):
+    local_rank = rank if local_rank is None else local_rank
+    for name, value in zip(LAUNCH_VARIABLES, (rank, world_size, local_rank, "127.0.0.1", 1), strict=True):
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine that seems to have two GPUs; what init_process_group asks of PyTorch, in order."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set_device", device)))
+    group = process_group.dist
+    monkeypatch.setattr(
+        group,
+        "init_process_group",
+        lambda backend, **kwargs: calls.append((backend, kwargs, os.environ.get("TORCH_FR_BUFFER_SIZE"))),
+    )
+    monkeypatch.setattr(group, "barrier", lambda: calls.append("barrier"))
+    return calls
+
+
+def test_plain_python_is_one_rank_without_a_group():
+    ranks = init_process_group(5)
+    assert ranks == Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
+    assert ranks.is_main and not torch.distributed.is_initialized()
+    process_group.barrier()
+    assert process_group.gather_objects("x") == ["x"]
+    assert process_group.broadcast_object({"a": 1}) == {"a": 1}
+    assert process_group.any_rank(True) is True and process_group.any_rank(False) is False
+    assert process_group.exchange_errors(None) is None
+    assert process_group.exchange_errors("no space left") == "rank 0: no space left"
+    assert process_group.together(max, 1, 2) == 2
+    process_group.destroy()
+
+
+def test_mps_is_used_by_a_single_process_only(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert init_process_group(5).device == torch.device("mps")
+    launch(monkeypatch, 0, 2)
+    assert process_group._ranks_from_environment().device == torch.device("cpu")
+
+
+def test_cuda_order_and_backends(monkeypatch, two_gpus):
+    launch(monkeypatch, 3, 4, local_rank=1)
+    ranks = init_process_group(3600)
+    device = torch.device("cuda", 1)
+    assert two_gpus == [
+        ("set_device", device),
+        ("cpu:gloo,cuda:nccl", {"timeout": timedelta(hours=1), "device_id": device}, "2000"),
+        "barrier",
+    ]
+    assert ranks == Ranks(3, 4, 1, 4, device, launched_by_torchrun=True) and not ranks.is_main
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+
+
+def test_flight_recorder_leaves_a_users_setting_alone(monkeypatch, two_gpus):
+    launch(monkeypatch, 0, 1)
+    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
+    monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    init_process_group(5)
+    assert "TORCH_FR_BUFFER_SIZE" not in os.environ
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
+
+
+def test_more_ranks_than_gpus_is_refused_before_the_group(monkeypatch, two_gpus):
+    launch(monkeypatch, 2, 4)
+    with pytest.raises(UserError, match=r"LOCAL_RANK=2, .* 2 GPU\(s\).* --nproc_per_node=2 "):
+        init_process_group(5)
+    assert two_gpus == []
+
+
+def test_distributed_without_torchrun_shows_the_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(sys, "argv", ["train_distillation.py", "--sample_prompts", "A cat", "--distributed"])
+    line = "torchrun --nproc_per_node=4 train_distillation.py --sample_prompts 'A cat' --distributed"
+    with pytest.raises(UserError, match=line):
+        check_launch(distributed=True)
+    check_launch(distributed=False)
+
+
+def test_half_an_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(UserError, match="WORLD_SIZE=8 needs torchrun, which sets LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
+        check_launch(distributed=False)
+    launch(monkeypatch, 3, 8)
+    check_launch(distributed=False)
+    check_launch(distributed=True)
+
+
+def test_fail_says_which_rank_and_exits_with_1(monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    launch(monkeypatch, 3, 4)
+    process_group.fail("ValueError: nan")
+    assert codes == [1]
+    assert capsys.readouterr().err == "rank 3 failed: ValueError: nan\n"
+
+
+def talk(ranks):
+    def work():
+        if ranks.rank == 1:
+            raise OSError("disk full")
+
+    heard = {
+        "gathered": process_group.gather_objects(ranks.rank * 10),
+        "broadcast": process_group.broadcast_object({"from": ranks.rank}, src=1),
+        "any": [process_group.any_rank(ranks.rank == 1), process_group.any_rank(False)],
+        "errors": [process_group.exchange_errors("broken" if ranks.rank == 1 else None)],
+    }
+    try:
+        process_group.together(work)
+    except Exception as error:
+        heard["raised"] = f"{type(error).__name__}: {error}"
+    process_group.destroy()
+    return ranks, heard
+
+
+def test_two_ranks_hear_each_other():
+    (first, heard_first), (second, heard_second) = run_ranks(talk, 2)
+    assert first == Ranks(0, 2, 0, 2, torch.device("cpu"), launched_by_torchrun=True)
+    assert second == Ranks(1, 2, 1, 2, torch.device("cpu"), launched_by_torchrun=True)
+    # Each hears in its own words what was raised: the rank that failed its own error, the other one whose it was.
+    assert heard_first.pop("raised") == "RuntimeError: rank 1: OSError: disk full"
+    assert heard_second.pop("raised") == "OSError: disk full"
+    assert heard_first == heard_second
+    assert heard_first == {
+        "gathered": [0, 10],
+        "broadcast": {"from": 1},
+        "any": [True, False],
+        "errors": ["rank 1: broken"],
+    }
+
+
+def fail_on_rank_1(ranks):
+    if ranks.rank == 1:
+        raise ValueError("no such thing")
+    time.sleep(2 * TIME_LIMIT)
+
+
+def test_run_ranks_does_not_wait_for_the_others_when_one_fails():
+    with pytest.raises(AssertionError, match="(?s)rank 1: .*ValueError: no such thing"):
+        run_ranks(fail_on_rank_1, 2)
