@@ -70,6 +70,8 @@ def main(argv: list[str]) -> None:
     check_launch(config.run.distributed)
     ranks = init_process_group(config.run.ddp_timeout)
     set_up_logging(ranks)
+    for note in config.notes:
+        say(ranks, note)
     if config.sampling.sample_only:
         draw_from_student(config, ranks)
     else:
