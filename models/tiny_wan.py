@@ -1,7 +1,8 @@
 """How the embedded teacher's weights were made; running it makes them again.
 
     python -m models.tiny_wan                 # from nothing; stop it at any time, the same command goes on
-    python -m models.tiny_wan --measure       # how good the weights in models/tiny_wan are
+    python -m models.tiny_wan --measure       # how well the VAE in models/tiny_wan gives pictures back
+    python benchmarks/quality.py              # how many captions the whole pipeline draws right
 
 It is Wan2.2-T2V-A14B in small: a causal video VAE, a UMT5 text encoder and two experts, trained on drawn scenes
 (`data/scenes.py`). First the VAE, then one transformer together with the text encoder over all t, then two copies of
@@ -31,7 +32,6 @@ from models.folding import fold_text, fold_text_attention, fold_time
 HOME = Path(__file__).parent / "tiny_wan"
 BOUNDARY_RATIO = 0.875  # Wan2.2-A14B's
 FLOW_SHIFT = 3.0  # what Wan2.2-A14B's Diffusers conversion carries
-GUIDANCE_SCALE = 4.0
 VAE = dict(base_dim=16, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
 TEXT_ENCODER = dict(d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4, dropout_rate=0.0)
 TRANSFORMER = dict(
@@ -129,8 +129,8 @@ def load_into(parameters: dict[str, nn.Parameter], values: dict[str, torch.Tenso
             parameter.copy_(values[key])
 
 
-def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    save_file(tensors, path.with_suffix(".tmp"), metadata=metadata)
+def save_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
 
@@ -203,7 +203,7 @@ def latent_bank(vae: AutoencoderKLWan, pictures: np.ndarray, work: Path) -> torc
     if not path.exists():
         batches = range(0, len(pictures), 64)
         latents = [vae.encode(to_tensor(pictures[i : i + 64])).latent_dist.mean for i in tqdm(batches, desc="latents")]
-        save_atomically({"latents": torch.cat(latents)}, path)  # (N, 16, 1, 8, 8)
+        save_atomically({"latents": torch.cat(latents).contiguous()}, path)  # (N, 16, 1, 8, 8)
     latents = load_file(path)["latents"]
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
@@ -287,6 +287,17 @@ def assemble(output: Path, tokenizer, text_encoder, vae, high, low) -> None:
     print(f"wrote {output}")
 
 
+@torch.no_grad()
+def measure_vae(folder: Path, count: int = 256, seed: int = 1_000_003) -> float:
+    """PSNR in dB over `count` pictures that no training has seen, from the mean squared error of all their pixels."""
+    vae = fold_time(AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)).eval()
+    rng = random.Random(seed)
+    scenes = random_scenes(count, seed, held_out=True)
+    pictures = to_tensor(np.stack([np.asarray(draw(scene, rng)) for scene in scenes]))
+    errors = [(vae.decode(vae.encode(x).latent_dist.mean).sample - x).square().mean() for x in pictures.split(32)]
+    return 10 * math.log10(4 / torch.stack(errors).mean().item())  # pixels span 2, from −1 to 1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=HOME, help="the pipeline's folder (models/tiny_wan)")
@@ -295,8 +306,12 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=json.loads, default={}, help="e.g. '{\"vae\": 3000}'")
+    parser.add_argument("--measure", action="store_true", help="only measure the VAE in --output")
     args = parser.parse_args()
-    steps = {"vae": 3000, "vae_edges": 6000, "base": 6500, "high": 1500, "low": 2500} | args.steps
+    if args.measure:
+        print(f"VAE reconstruction of held-out scenes: {measure_vae(args.output):.1f} dB PSNR")
+        return
+    steps = {"vae": 3000, "vae_edges": 6000, "base": 5000, "high": 800, "low": 1500} | args.steps
     make(args.output, args.work, steps, args.seed)
 
 

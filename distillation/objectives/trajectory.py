@@ -4,11 +4,12 @@ The x's lie on one guided teacher trajectory whose fine grid contains the studen
 student lands where several of the teacher's do. (Progressive distillation, Salimans & Ho 2022, in a single round.)
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from config.config import AT_LEAST_ONE, setting
 from data.prompt_embeddings import Batch
 from distillation import objective
 from distillation.objective import Noise, read_text
@@ -18,7 +19,7 @@ from sampling.ddim import rollout
 
 @dataclass(frozen=True)
 class Settings:
-    teacher_substeps: int = field(default=4, metadata={"help": "teacher steps for each of the student's"})
+    teacher_substeps: int = setting(4, "teacher steps for each of the student's", bound=AT_LEAST_ONE)
 
 
 class Objective(objective.Objective):

@@ -5,11 +5,13 @@ a pair (x_t, v_T) at every step, and none is wasted. It takes guidance out (half
 by itself it does not make one that needs few steps.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from config.config import AT_LEAST_ONE, setting
+from config.errors import UserError
 from data.prompt_embeddings import Batch
 from distillation import objective
 from distillation.objective import Noise, read_text
@@ -19,9 +21,9 @@ from sampling.ddim import rollout
 
 @dataclass(frozen=True)
 class Settings:
-    teacher_substeps: int = field(default=4, metadata={"help": "teacher steps for each of the student's"})
-    updates_per_rollout: int = field(
-        default=1, metadata={"help": "optimizer updates that share a rollout's states between them"}
+    teacher_substeps: int = setting(4, "teacher steps for each of the student's", bound=AT_LEAST_ONE)
+    updates_per_rollout: int = setting(
+        1, "optimizer updates that share a rollout's states between them", bound=AT_LEAST_ONE
     )
 
 
@@ -31,6 +33,11 @@ class Objective(objective.Objective):
     def __init__(self, setup: objective.Setup, settings: Settings) -> None:
         super().__init__(setup, settings)
         self.grid = refine_grid(setup.grid, settings.teacher_substeps, setup.shift)
+        if settings.updates_per_rollout > len(self.grid):
+            raise UserError(
+                f"updates_per_rollout {settings.updates_per_rollout}: a teacher's rollout has {len(self.grid)} states "
+                "(student steps × teacher_substeps), one at least for each update"
+            )
         self._pairs: dict[int, list[tuple]] = {}  # by micro-batch: what its rollout left for the step's later updates
 
     def schedule(self, step: int) -> tuple[str, ...]:
@@ -52,5 +59,5 @@ class Objective(objective.Objective):
         states, targets = torch.cat(teacher.states[:-1]), torch.cat(teacher.velocities)  # (n·B, C, 1, H, W)
         times = torch.tensor(self.grid.times, device=start.device).repeat_interleave(size)  # (n·B,)
         order = noise.permutation(n * size)
-        parts = order.chunk(self.settings.updates_per_rollout)
+        parts = order.tensor_split(self.settings.updates_per_rollout)
         return [(states[i], times[i], text[i % size], targets[i]) for i in parts]
