@@ -46,6 +46,7 @@ from models.flow import few_step_grid, few_step_scheduler
 from models.folding import MAX_SEQUENCE_LENGTH, fold_text_attention
 from models.student import build_student, describe_init
 from models.teacher import (
+    Teacher,
     TeacherInfo,
     WanVelocity,
     download_weights,
@@ -95,7 +96,7 @@ def train(config: Config, ranks: Ranks) -> None:
     teacher_device = torch.device("cpu") if config.teacher.teacher_device_strategy == "cpu" else ranks.device
     guidance = (config.teacher.guidance_scale, config.teacher.guidance_scale_2)
     teacher = load_teacher(plan.info, teacher_device, plan.dtype, text[len(all_prompts) - 1], *guidance)
-    student = make_student(config, plan, ranks)
+    student = make_student(config, plan, teacher, ranks)
     wrapped = wrap(student, ranks)
     barrier()  # all ranks: the first all-reduce is not started while a slower rank still reads weights
 
@@ -193,9 +194,9 @@ def encode_all(
     return encode_prompts(prompts, load_encoder, cache, key, ranks)
 
 
-def make_student(config: Config, plan: Plan, ranks: Ranks) -> WanTransformer3DModel:
+def make_student(config: Config, plan: Plan, teacher: Teacher, ranks: Ranks) -> WanTransformer3DModel:
     """The student in float32 on the rank's device, made from the teacher's weights; says what came from where."""
-    source = load_transformer(plan.info.folder, plan.spec.init_from, torch.float32)
+    source = teacher.experts[list(plan.info.transformer_configs).index(plan.spec.init_from)].field.transformer
     student, rows = build_student(plan.spec, source, torch.float32)
     say(ranks, describe_init(rows))
     if config.optimization.gradient_checkpointing:

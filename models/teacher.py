@@ -11,7 +11,7 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from torch import nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
@@ -105,7 +105,7 @@ def _download(name: str, revision: str | None, patterns: list[str], source: str)
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise UserError(f"{source}: no such folder, and no hub id (owner/name) either") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:  # a broken proxy or connection is an HTTPError, all else an OSError too
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{source}: no such folder, and the hub could not give it ({reason}); "
@@ -115,8 +115,11 @@ def _download(name: str, revision: str | None, patterns: list[str], source: str)
 
 def _read_json(path: Path, source: str) -> dict:
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    original = list(path.parent.glob("*.pth")) or "WanModel" in str(_class_name(path.parent / "config.json"))
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{source}: {path} is not JSON ({error})") from error
+    original = list(path.parent.glob("*.pth")) or _is_wan_model(path.parent / "config.json")
     hint = "an original-format Wan checkpoint; needed: its Diffusers conversion" if original else "not found"
     raise UserError(
         f"{source}: {path.relative_to(path.parents[1])} {hint} "
@@ -124,8 +127,8 @@ def _read_json(path: Path, source: str) -> dict:
     )
 
 
-def _class_name(path: Path) -> str | None:
-    return json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None
+def _is_wan_model(config: Path) -> bool:
+    return config.is_file() and '"WanModel"' in config.read_text(encoding="utf-8", errors="replace")
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -160,15 +163,17 @@ class WanVelocity:
 
     def __call__(self, x_t: torch.Tensor, t: float | torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         batch, _, frames, height, width = x_t.shape
+        device = next(self.transformer.parameters()).device  # not that of x_t where the teacher is kept on the CPU
         if isinstance(t, torch.Tensor):
-            timestep = t.to(x_t.device, torch.float32).mul(1000).expand(batch)
+            timestep = t.to(device, torch.float32).mul(1000).expand(batch)
         else:
-            timestep = torch.full((batch,), 1000.0 * t, device=x_t.device)
+            timestep = torch.full((batch,), 1000.0 * t, device=device)
         if self.expand_timesteps:
             timestep = timestep[:, None].expand(batch, frames * (height // 2) * (width // 2))
-        with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None):
-            v = self.transformer(x_t.to(self.dtype), timestep, prompt_embeds.to(self.dtype), return_dict=False)[0]
-        return v.float()
+        latents, text = x_t.to(device, self.dtype), prompt_embeds.to(device, self.dtype)
+        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+            v = self.transformer(latents, timestep, text, return_dict=False)[0]
+        return v.to(x_t.device, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,7 @@ class Teacher:
         if expert.guidance_scale == 1.0:
             return expert.field(x_t, t, prompt_embeds)
         length = max(prompt_embeds.shape[1], self.negative_embeds.shape[1])
-        self.negative_embeds = self.negative_embeds.to(prompt_embeds)
+        self.negative_embeds = self.negative_embeds.to(prompt_embeds.device)
         negative = pad_folded(self.negative_embeds, length).expand(len(x_t), -1, -1)
         text = torch.cat([pad_folded(prompt_embeds, length), negative])  # (2B, L, D + 1)
         twice_t = torch.cat([t, t]) if isinstance(t, torch.Tensor) and t.ndim else t
@@ -217,9 +222,9 @@ class Teacher:
     def _by_expert(self, velocity, x_t: torch.Tensor, t: float | torch.Tensor, prompt_embeds: torch.Tensor):
         """`velocity(expert, x_t, t, prompt_embeds)` with the expert in charge of each sample's t."""
         if not isinstance(t, torch.Tensor) or t.ndim == 0:  # one expert for all, and no look at the GPU
-            expert = next(e for e in self.experts if float(t) >= e.t_min)
+            expert = next(e for e in self.experts if t >= e.t_min)
             return velocity(expert, x_t, t, prompt_embeds)
-        out, upper = torch.empty_like(x_t), torch.inf
+        t, out, upper = t.expand(len(x_t)), torch.empty_like(x_t), torch.inf
         for expert in self.experts:
             rows = ((t >= expert.t_min) & (t < upper)).nonzero()[:, 0].to(x_t.device)
             if len(rows):
@@ -234,11 +239,16 @@ class Teacher:
 def default_guidance(info: TeacherInfo, high: float | None, low: float | None) -> tuple[float, float]:
     """Guidance scales for high and low noise. Unset: Wan's own, 4 and 3 for two experts, 5 for one.
 
-    With the first alone given, the second is equal to it, as in `WanPipeline`.
+    As in `WanPipeline`, the second is equal to the first where that alone is given, and a first one of 1 or less turns
+    guidance off for both.
     """
     if high is None:
-        return (4.0, low or 3.0) if info.boundary_ratio else (5.0, 5.0)
-    return high, low or high
+        high, default_low = (4.0, 3.0) if info.boundary_ratio is not None else (5.0, 5.0)
+    else:
+        default_low = high
+    if high <= 1:
+        return 1.0, 1.0
+    return high, default_low if low is None else low
 
 
 def load_teacher(
