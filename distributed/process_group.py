@@ -155,7 +155,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def exchange_errors(error: str | None) -> str | None:
-    """ "rank 1: …; rank 3: …" from every rank's error, or None where no rank had one; the same on all. Collective."""
+    """Every rank's error as "rank 1: …; rank 3: …", or None where no rank had one; the same on all. Collective."""
     errors = gather_objects(error)
     return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None) or None
 
@@ -171,7 +171,7 @@ def together(work: Callable[..., T], *args: Any) -> T:
         result = work(*args)
     except Exception as caught:  # kept until every rank has been told
         error = caught
-    failures = exchange_errors(error and f"{type(error).__name__}: {error}")
+    failures = exchange_errors(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     if failures is not None:
