@@ -1,50 +1,38 @@
 """Every setting, written down once: flags and recipe files become one validated `Config`.
 
-A setting is a dataclass field; its flag, its recipe key, its help and its checks are all made from that field.
 What wins: a flag, then a recipe's `[[phase]]` table, then the recipe's top level, then the default here.
+How a field becomes a flag and a recipe key: config/settings.py.
 """
 
-import argparse
-import json
-import math
-import tomllib
-import typing
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config.errors import UserError, nearest
+from config.errors import UserError
+from config.settings import (
+    AT_LEAST_ONE,
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    UNIT,
+    Given,
+    Recipe,
+    Setting,
+    build_parser,
+    parse_flags,
+    read_flags,
+    read_recipe,
+    read_table,
+    refuse_unknown_flags,
+    refuse_unknown_keys,
+    setting,
+    settings_in,
+)
 
 DEFAULT_OBJECTIVE = "trajectory"
 DEFAULT_NUM_STEPS = 1000  # where neither steps nor epochs are given
-
-
-class Bound(NamedTuple):
-    """What a number must satisfy, in words and in code."""
-
-    words: str
-    holds: Callable[[float], bool]
-
-
-AT_LEAST_ONE = Bound(">= 1", lambda x: x >= 1)
-POSITIVE = Bound("> 0", lambda x: x > 0)
-NOT_NEGATIVE = Bound(">= 0", lambda x: x >= 0)
-BELOW_ONE = Bound(">= 0 and < 1", lambda x: 0 <= x < 1)
-UNIT = Bound("from 0 to 1", lambda x: 0 <= x <= 1)
-TEXT_LENGTH = Bound("from 1 to 512", lambda x: 1 <= x <= 512)
-SEED = Bound("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)
-
-
-def setting(default: Any, help: str, *, bound: Bound | None = None, aliases=(), choices=(), bare=None, shorthand=None):
-    """A field of a frozen settings dataclass. Its type: bool, int, float or str, that or None, or a tuple[that, ...].
-
-    Args:
-        bare: the value when the flag stands alone, without one.
-        shorthand: (name, value), a flag without value that stands for this one with `value`.
-    """
-    about = {"help": help, "bound": bound, "aliases": aliases, "choices": choices, "bare": bare, "shorthand": shorthand}
-    return field(default=default, metadata=about)
 
 
 # ---------------------------------------------------------------------------------------------- the settings
@@ -93,7 +81,6 @@ class DataConfig:
 
     data_path: str | None = setting(None, "a .txt file, a prompt a line, or .jsonl; required for training")
     prompt_cache_dir: str | None = setting(None, "where encoded prompts are kept for the next run")
-    max_sequence_length: int = setting(512, "tokens of a prompt that are read", bound=TEXT_LENGTH)
     dataloader_num_workers: int | None = setting(
         None, "accepted for older scripts, without effect", aliases=("num_workers",), bound=NOT_NEGATIVE
     )
@@ -136,7 +123,7 @@ class OptimizationConfig:
 class SamplingConfig:
     """Sample pictures."""
 
-    save_samples: bool = setting(False, "draw pictures while training")
+    save_samples: bool | None = setting(None, "draw pictures while training; by default if there are --sample_prompts")
     sample_prompts: tuple[str, ...] = setting(
         (), "prompts, or one .txt or .jsonl file of them", aliases=("validation_prompts",)
     )
@@ -212,80 +199,9 @@ class Config:
         return asdict(self)
 
 
-# ---------------------------------------------------------------------------------------------- one setting
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A field as flags and recipes see it. `kind`: bool, int, float or str; `many`: a tuple of them."""
-
-    name: str
-    kind: type
-    many: bool
-    default: Any
-    help: str = ""
-    bound: Bound | None = None
-    aliases: tuple[str, ...] = ()
-    choices: tuple[Any, ...] = ()
-    bare: Any = None
-    shorthand: tuple[str, Any] | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The keys that a recipe may use."""
-        return (self.name, *self.aliases, *(self.shorthand or ())[:1])
-
-    @property
-    def flags(self) -> dict[str, Any]:
-        """Flag → the value that it stands for, None where the user gives one."""
-        if self.kind is bool:
-            names = (self.name, *self.aliases)
-            return {f"--{name}": True for name in names} | {f"--no_{name}": False for name in names}
-        flags = {f"--{name}": None for name in (self.name, *self.aliases)}
-        return flags | ({f"--{self.shorthand[0]}": self.shorthand[1]} if self.shorthand else {})
-
-    def parse(self, text: str | list[str], source: str) -> Any:
-        """The value that a flag's text stands for. Raises UserError."""
-        try:
-            value = [self.kind(part) for part in text] if self.many else self.kind(text)
-        except ValueError:
-            raise self.refusal(text, source) from None
-        return self.check(value, source)
-
-    def check(self, value: Any, source: str) -> Any:
-        """The value, if it is what this setting accepts. Raises UserError, which begins with `source`."""
-        parts = value if self.many and isinstance(value, list) else [value]
-        parts = [float(part) if self.kind is float and type(part) is int else part for part in parts]
-        for part in parts:
-            # `type is`, not isinstance: True is no whole number.
-            right = type(part) is self.kind and (not self.choices or part in self.choices)
-            right = right and (self.kind is not float or math.isfinite(part))
-            if not right or (self.bound and not self.bound.holds(part)):
-                raise self.refusal(part, source)
-        return tuple(parts) if self.many else parts[0]
-
-    def refusal(self, value: Any, source: str) -> UserError:
-        if self.choices:
-            close = nearest(value, self.choices) if isinstance(value, str) else ""
-            return UserError(f"{source}: expected one of {', '.join(map(str, self.choices))}{close}")
-        words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[self.kind]
-        return UserError(
-            f"{source}: expected {words}{f' {self.bound.words}' if self.bound else ''}{', or a list of it' * self.many}"
-        )
-
-
-def settings_in(section: type) -> list[Setting]:
-    """The settings of a dataclass, in its order. Fields need a default; what `setting` adds is optional."""
-    types, settings = typing.get_type_hints(section), []
-    for f in fields(section):
-        kind = next((arg for arg in typing.get_args(types[f.name]) if arg is not type(None)), types[f.name])
-        many = typing.get_origin(types[f.name]) is tuple
-        settings.append(Setting(f.name, kind, many, f.default, **f.metadata))
-    return settings
-
-
 SECTIONS = {f.name: f.type for f in fields(Config) if f.name != "phases"}
 RUN_SETTINGS = [s for section in SECTIONS.values() for s in settings_in(section)]
+RECIPE_SETTINGS = [s for s in RUN_SETTINGS if s.name != "config"]
 _BY_NAME = {s.name: s for s in RUN_SETTINGS}
 PHASE_SETTINGS = [
     replace(_BY_NAME["num_steps"], name="steps", aliases=()),
@@ -293,165 +209,16 @@ PHASE_SETTINGS = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------- flags and recipes
+# ---------------------------------------------------------------------------------------------- flags and recipe
 
 
-class Given(NamedTuple):
-    """A value, and what the user wrote where: "--lr 0.1", "tiny.toml: lr = 0.1"."""
+class WrittenPhase(NamedTuple):
+    """A phase as the user asked for it. `table` is its own in the recipe, empty where the phase has none."""
 
-    value: Any
-    source: str
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(message)
-
-
-class _Remember(argparse.Action):
-    """Keeps the text of each flag under the flag's own name; the last one counts."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        namespace.texts[option_string] = values
-
-
-def build_parser(objectives: dict[str, list[Setting]], add_help: bool = True) -> argparse.ArgumentParser:
-    """All flags, in one group a section and one an objective."""
-    parser = _Parser(
-        usage="%(prog)s [--config RECIPE] [--flag [value]] ...",
-        description="Distill a Wan text-to-video pipeline into a few-step picture generator, from prompts alone.",
-        allow_abbrev=False,
-        add_help=add_help,
-    )
-    for section in SECTIONS.values():
-        _add_flags(parser.add_argument_group(section.__doc__.split(".")[0]), settings_in(section))
-    shared = set()  # flags that several objectives have: one flag for all of them
-    for name, settings in objectives.items():
-        _add_flags(parser.add_argument_group(f"Objective {name}"), [s for s in settings if s.name not in shared])
-        shared |= {s.name for s in settings}
-    return parser
-
-
-def _add_flags(group, settings: Iterable[Setting]) -> None:
-    for s in settings:
-        for takes_value in (True, False):
-            flags = [flag for flag, value in s.flags.items() if (value is None) == takes_value]
-            if not flags:
-                continue
-            options = {"nargs": 0}
-            if takes_value:
-                kind = "{" + ",".join(map(str, s.choices)) + "}" if s.choices else s.kind.__name__.upper()
-                nargs = "+" if s.many else "?" if s.bare is not None else None
-                options = {"nargs": nargs, "const": s.bare, "metavar": kind}
-            default = "" if s.default in (None, "", ()) or s.kind is bool else f" (default: {s.default})"
-            text = s.help + default if takes_value or not s.shorthand else f"short for --{s.name} {s.shorthand[1]}"
-            text = text.replace("%", "%%")
-            group.add_argument(*flags, action=_Remember, default=argparse.SUPPRESS, dest=s.name, help=text, **options)
-
-
-def parse_flags(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Flag → its text, and what the parser does not know."""
-    namespace, unknown = parser.parse_known_args(argv, argparse.Namespace(texts={}))
-    return namespace.texts, unknown
-
-
-def read_flags(texts: dict[str, Any], settings: Iterable[Setting]) -> dict[str, Given]:
-    """The values of those settings that have a flag in `texts`, by the setting's own name. Raises UserError."""
-    found = []
-    for s in settings:
-        for flag, stands_for in s.flags.items():
-            if flag in texts and stands_for is not None:
-                found.append((s.name, Given(stands_for, flag)))
-            elif flag in texts:
-                source = f"{flag} {_shown(texts[flag])}"
-                found.append((s.name, Given(s.parse(texts[flag], source), source)))
-    return _unique(found)
-
-
-def read_table(table: dict[str, Any], settings: Iterable[Setting], where: str) -> dict[str, Given]:
-    """As `read_flags`, from a recipe's table, which holds typed values."""
-    found = []
-    for s in settings:
-        for key in s.names:
-            if key not in table:
-                continue
-            value, source = table[key], f"{where}: {key} = {_shown(table[key])}"
-            if s.shorthand and key == s.shorthand[0]:
-                if not isinstance(value, bool):
-                    raise UserError(f"{source}: expected true or false")
-                if value:
-                    found.append((s.name, Given(s.shorthand[1], source)))
-            else:
-                found.append((s.name, Given(s.check(value, source), source)))
-    return _unique(found)
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _unique(found: Iterable[tuple[str, Given]]) -> dict[str, Given]:
-    """Each setting once. Raises UserError where two of its names disagree."""
-    values = {}
-    for name, given in found:
-        first = values.setdefault(name, given)
-        if first.value != given.value:
-            raise UserError(
-                f"{first.source} and {given.source}: both set {name}, to different values; give one of them"
-            )
-    return values
-
-
-class Recipe(NamedTuple):
-    """A recipe as written: its file, its flat keys, its `[[phase]]` tables."""
-
-    path: str = ""
+    objective: Given
+    steps: Given | None = None
     table: dict[str, Any] = {}
-    phases: list[dict[str, Any]] = []
-
-    def where(self, number: int) -> str:
-        return f"{self.path}: [[phase]] {number}"
-
-
-def read_recipe(path: str) -> Recipe:
-    """Raises UserError for a file that cannot be read or is not TOML, with its line and column."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}); give a TOML recipe") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: byte {error.start} is not UTF-8; recipes are UTF-8 text") from None
-    try:
-        table = tomllib.loads(text)
-    except ValueError as error:
-        line, column = text.count("\n") + 1, len(text) - text.rfind("\n")
-        reason = str(error).replace("at end of document", f"at line {line}, column {column}, the end of the file")
-        raise UserError(f"--config {path}: not valid TOML: {reason}") from None
-    phases = table.pop("phase", [])
-    if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases):
-        raise UserError(f"{path}: phase = {_shown(phases)}: expected tables, each headed [[phase]]")
-    return Recipe(path, table, phases)
-
-
-def refuse_unknown_keys(table: dict[str, Any], settings: Iterable[Setting], where: str) -> None:
-    """Raises UserError for a key that no setting has."""
-    accepted = [name for s in settings for name in s.names]
-    for key in table:
-        if key not in accepted:
-            raise UserError(f"{where}: unknown key {key!r}{nearest(key, accepted)}")
-
-
-def refuse_unknown_flags(unknown: list[str], parser: argparse.ArgumentParser) -> None:
-    """Raises UserError for the first word that argparse could not place."""
-    if not unknown:
-        return
-    flag = unknown[0].split("=")[0]
-    if flag.startswith("-"):
-        raise UserError(f"unknown flag {flag}{nearest(flag, parser._option_string_actions)}; --help lists all")
-    raise UserError(f"unexpected argument {_shown(unknown[0])}: no flag takes it; quote text that holds spaces")
-
-
-# ---------------------------------------------------------------------------------------------- all together
+    where: str = ""
 
 
 def load_config(argv: list[str], objective_settings: Callable[[str], type]) -> Config:
@@ -459,48 +226,63 @@ def load_config(argv: list[str], objective_settings: Callable[[str], type]) -> C
 
     Args:
         argv: the command line without the program's name.
-        objective_settings: an objective's name → its frozen `Settings` dataclass; UserError for an unknown name.
+        objective_settings: an objective's name → its frozen `Settings` dataclass. For an unknown name it raises
+            UserError, which says what is accepted; where the name stands is put before it here.
 
     Raises:
         UserError: for anything that a user can put right.
     """
     # A first look, for the recipe and the objectives: only they say which flags there are besides the run's own.
-    flags = read_flags(parse_flags(build_parser({}, add_help=False), argv)[0], RUN_SETTINGS)
+    texts, _ = parse_flags(build_parser(flag_groups({}), add_help=False), argv)
+    flags = read_flags(texts, RUN_SETTINGS)
     recipe = read_recipe(flags["config"].value) if "config" in flags else Recipe()
-    in_recipe = [s for s in RUN_SETTINGS if s.name != "config"]
-    top = read_table(recipe.table, in_recipe, recipe.path)
+    top = read_table(recipe.table, RECIPE_SETTINGS, recipe.path)
     written = written_phases(recipe, top)
-    phases = [({"objective": flags["objective"]}, {})] if "objective" in flags else written
-    classes = find_objectives([given["objective"] for given, _ in [*written, *phases]], objective_settings)
+    phases = [WrittenPhase(flags["objective"])] if "objective" in flags else written
+    classes = find_objectives([phase.objective for phase in [*written, *phases]], objective_settings)
     own = {name: settings_in(section) for name, section in classes.items()}
 
     # What is unknown to the run and to every objective in use is a mistake.
-    refuse_unknown_keys(recipe.table, in_recipe + [s for settings in own.values() for s in settings], recipe.path)
-    for number, (given, table) in enumerate(written, 1):
-        refuse_unknown_keys(table, PHASE_SETTINGS + own[given["objective"].value], recipe.where(number))
-    used = [given["objective"].value for given, _ in phases]
-    parser = build_parser({name: own[name] for name in used})
+    refuse_unknown_in_recipe(recipe, written, own)
+    parser = build_parser(flag_groups({phase.objective.value: own[phase.objective.value] for phase in phases}))
     texts, unknown = parse_flags(parser, argv)
     refuse_unknown_flags(unknown, parser)
 
-    lengths, num_epochs = resolve_lengths([given for given, _ in phases], top, flags, recipe)
-    resolved = []
-    for number, ((given, table), steps) in enumerate(zip(phases, lengths, strict=True), 1):
-        name = given["objective"].value
-        settings = read_table(recipe.table, own[name], recipe.path) | read_table(table, own[name], recipe.where(number))
-        values = {key: value for key, (value, _) in (settings | read_flags(texts, own[name])).items()}
-        course = {key: value for key, (value, _) in (top | given | flags).items()}
-        course = {s.name: course.get(s.name, s.default) for s in PHASE_SETTINGS} | {"objective": name, "steps": steps}
-        resolved.append(Phase(**course, settings=asdict(classes[name](**values))))
-
-    merged = top | flags
+    given = top | flags
     sections = {
-        name: section(**{s.name: merged[s.name].value for s in settings_in(section) if s.name in merged})
+        name: section(**{s.name: given[s.name].value for s in settings_in(section) if s.name in given})
         for name, section in SECTIONS.items()
     }
-    config = Config(**sections, phases=tuple(resolved))
-    require(config, merged)
+    lengths, num_epochs = resolve_lengths(phases, top, flags, recipe)
+    resolved = tuple(
+        resolve_phase(phase, steps, classes[phase.objective.value], recipe, texts)
+        for phase, steps in zip(phases, lengths, strict=True)
+    )
+    config = Config(**sections, phases=resolved)
+    require(config, given)
     return resolve_defaults(config, num_epochs)
+
+
+def flag_groups(objectives: dict[str, list[Setting]]) -> dict[str, list[Setting]]:
+    """Title in --help → settings: one group a section, one an objective."""
+    groups = {section.__doc__.split(".")[0]: settings_in(section) for section in SECTIONS.values()}
+    return groups | {f"Objective {name}": settings for name, settings in objectives.items()}
+
+
+def written_phases(recipe: Recipe, top: dict[str, Given]) -> list[WrittenPhase]:
+    """The recipe's phases; one, of the default objective unless it names another, where it has no tables."""
+    if not recipe.phases:
+        return [WrittenPhase(top.get("objective", Given(DEFAULT_OBJECTIVE, "the default objective")))]
+    if "objective" in top:
+        raise UserError(f"{top['objective'].source}: stands beside [[phase]] tables; give each phase its objective")
+    phases = []
+    for number, table in enumerate(recipe.phases, 1):
+        where = f"{recipe.path}: [[phase]] {number}"
+        given = read_table(table, PHASE_SETTINGS, where)
+        if "objective" not in given:
+            raise UserError(f'{where}: objective is missing, e.g. objective = "{DEFAULT_OBJECTIVE}"')
+        phases.append(WrittenPhase(given["objective"], given.get("steps"), table, where))
+    return phases
 
 
 def find_objectives(names: Iterable[Given], objective_settings: Callable[[str], type]) -> dict[str, type]:
@@ -514,23 +296,18 @@ def find_objectives(names: Iterable[Given], objective_settings: Callable[[str], 
     return classes
 
 
-def written_phases(recipe: Recipe, top: dict[str, Given]) -> list[tuple[dict[str, Given], dict[str, Any]]]:
-    """The recipe's phases: what each says of `PHASE_SETTINGS`, and its table. One of the default where it has none."""
-    if not recipe.phases:
-        return [({"objective": top.get("objective", Given(DEFAULT_OBJECTIVE, "the default objective"))}, {})]
-    if "objective" in top:
-        raise UserError(f"{top['objective'].source}: stands beside [[phase]] tables; give each phase its objective")
-    phases = []
-    for number, table in enumerate(recipe.phases, 1):
-        given = read_table(table, PHASE_SETTINGS, recipe.where(number))
-        if "objective" not in given:
-            raise UserError(f'{recipe.where(number)}: objective is missing, e.g. objective = "{DEFAULT_OBJECTIVE}"')
-        phases.append((given, table))
-    return phases
+def refuse_unknown_in_recipe(recipe: Recipe, phases: list[WrittenPhase], own: dict[str, list[Setting]]) -> None:
+    """`own`: objective → its settings. The top level may hold those of every objective, a phase those of its own."""
+    everything = RECIPE_SETTINGS + [s for settings in own.values() for s in settings]
+    refuse_unknown_keys(recipe.table, everything, recipe.path, "keys are the flags' names, which --help lists")
+    for phase in phases:
+        settings = PHASE_SETTINGS + own[phase.objective.value]
+        accepted = ", ".join(s.name for s in settings)
+        refuse_unknown_keys(phase.table, settings, phase.where, f"a phase of this objective may have {accepted}")
 
 
 def resolve_lengths(
-    phases: list[dict[str, Given]], top: dict[str, Given], flags: dict[str, Given], recipe: Recipe
+    phases: list[WrittenPhase], top: dict[str, Given], flags: dict[str, Given], recipe: Recipe
 ) -> tuple[list[int | None], int | None]:
     """Steps of each phase, and the run's epochs; None sets no limit. Raises UserError where lengths contradict."""
     if len(phases) > 1:
@@ -540,18 +317,33 @@ def resolve_lengths(
                     f"{(top | flags)[limit].source}: the recipe's {len(phases)} phases have their own steps; "
                     f"change those in {recipe.path}, or run one phase with --objective"
                 )
-        for number, given in enumerate(phases, 1):
-            if "steps" not in given:
-                raise UserError(f"{recipe.where(number)}: steps is missing; only a single phase can do without")
-        return [given["steps"].value for given in phases], None
+        for phase in phases:
+            if not phase.steps:
+                raise UserError(f"{phase.where}: steps is missing; only a single phase can do without")
+        return [phase.steps.value for phase in phases], None
     # A length on the command line replaces the recipe's: both limits there, and the phase's own steps.
     limits = flags if flags.keys() & {"num_steps", "num_epochs"} else top
-    steps = phases[0].get("steps") if limits is top else None
+    steps = phases[0].steps if limits is top else None
     steps = steps or limits.get("num_steps")
     epochs = limits.get("num_epochs")
     if not steps and not epochs:
         return [DEFAULT_NUM_STEPS], None
     return [steps.value if steps else None], epochs.value if epochs else None
+
+
+def resolve_phase(
+    phase: WrittenPhase, steps: int | None, settings_class: type, recipe: Recipe, texts: dict[str, Any]
+) -> Phase:
+    """What wins for one phase: a flag (`texts`), then its own table, then the recipe's top level."""
+    own = settings_in(settings_class)
+    settings = PHASE_SETTINGS + own
+    given = read_table(recipe.table, settings, recipe.path)
+    given |= read_table(phase.table, settings, phase.where)
+    given |= read_flags(texts, settings)
+    values = {s.name: given[s.name].value if s.name in given else s.default for s in settings}
+    course = {name: values[name] for name in ("learning_rate", "lr_scheduler", "lr_warmup_steps")}
+    chosen = settings_class(**{s.name: values[s.name] for s in own})
+    return Phase(phase.objective.value, steps, **course, settings=asdict(chosen))
 
 
 def require(config: Config, given: dict[str, Given]) -> None:
@@ -590,8 +382,11 @@ def resolve_defaults(config: Config, num_epochs: int | None) -> Config:
         num_steps=None if None in steps else sum(steps),
         num_epochs=num_epochs,
     )
-    seed = config.run.seed if config.sampling.sample_seed is None else config.sampling.sample_seed
-    folder = config.sampling.sample_dir or str(Path(config.run.output_dir, "samples"))
-    return replace(
-        config, optimization=optimization, sampling=replace(config.sampling, sample_dir=folder, sample_seed=seed)
+    sampling = config.sampling
+    sampling = replace(
+        sampling,
+        save_samples=bool(sampling.sample_prompts) if sampling.save_samples is None else sampling.save_samples,
+        sample_dir=sampling.sample_dir or str(Path(config.run.output_dir, "samples")),
+        sample_seed=config.run.seed if sampling.sample_seed is None else sampling.sample_seed,
     )
+    return replace(config, optimization=optimization, sampling=sampling)

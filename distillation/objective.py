@@ -99,10 +99,11 @@ def objective_names() -> list[str]:
 
 
 def settings_of(name: str) -> type:
-    """The `Settings` dataclass of an objective. Raises UserError for a name that has no file."""
+    """The `Settings` dataclass of an objective. Raises UserError for a name that has no file: it says what is accepted,
+    and leaves to the caller where the name was given."""
     if name not in objective_names():
         accepted = ", ".join(objective_names())
-        raise UserError(f"objective {name!r}: accepted are {accepted}{nearest(name, objective_names())}")
+        raise UserError(f"expected one of {accepted}{nearest(name, objective_names())}")
     return importlib.import_module(f"distillation.objectives.{name}").Settings
 
 

@@ -94,7 +94,9 @@ def read_spec(config: Config, info: TeacherInfo) -> StudentSpec:
 
 
 def read_sample_prompts(config: Config) -> list[str]:
-    """The prompts to draw; none where no pictures are wanted."""
+    """The prompts to draw; none where a training is to save no pictures."""
+    if not (config.sampling.save_samples or config.sampling.sample_only):
+        return []
     if config.sampling.sample_prompts_file:
         return read_prompts(Path(config.sampling.sample_prompts_file))
     return list(config.sampling.sample_prompts)
@@ -129,7 +131,7 @@ def describe(plan: Plan, config: Config, ranks: Ranks) -> str:
         "samples": f"{len(plan.sample_prompts)} prompts every {plan.sample_interval} epoch(s), a rank draws "
         f"{', '.join(map(str, shares[:8]))}{', …' if len(shares) > 8 else ''}"
         if plan.sample_prompts
-        else "none (no --sample_prompts)",
+        else "none (no --sample_prompts, or --no_save_samples)",
         "output": config.run.output_dir,
     }
     return "\n".join(f"  {name:<8} {value}" for name, value in lines.items())

@@ -3,8 +3,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from config.config import AT_LEAST_ONE, load_config, setting
+from config.config import load_config
 from config.errors import UserError, nearest
+from config.settings import AT_LEAST_ONE, setting
+from distillation import objective
+from distillation.plan import read_sample_prompts
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ OBJECTIVES = {"trajectory": TrajectorySettings, "velocity": VelocitySettings}
 
 def settings_of(name):
     if name not in OBJECTIVES:
-        raise UserError(f"accepted are {', '.join(OBJECTIVES)}{nearest(name, OBJECTIVES)}")
+        raise UserError(f"expected one of {', '.join(OBJECTIVES)}{nearest(name, OBJECTIVES)}")
     return OBJECTIVES[name]
 
 
@@ -139,6 +142,29 @@ def test_prompts_from_a_file(files):
     assert load("--sample_prompts", "a.txt", "b.txt").sampling.sample_prompts_file is None
 
 
+def test_samples_are_drawn_where_prompts_are_given(files):
+    prompts = ["--sample_prompts", "A cat", "A dog"]
+    sample_only = ["--sample_only", "--student_path", "outputs/x/student"]
+    for argv, save_samples, drawn in [
+        ([], False, []),
+        (prompts, True, ["A cat", "A dog"]),
+        (["--save_samples", *prompts], True, ["A cat", "A dog"]),
+        (["--no_save_samples", *prompts], False, []),
+        (["--no_save_samples", *prompts, *sample_only], False, ["A cat", "A dog"]),
+        (["--sample_prompts", "data/static_prompts.txt"], True, ["a cat"]),
+        (["--no_save_samples", "--sample_prompts", "data/static_prompts.txt"], False, []),
+    ]:
+        config = load(*argv)
+        assert config.sampling.save_samples is save_samples, argv
+        assert read_sample_prompts(config) == drawn, argv
+
+
+def test_a_flag_turns_off_the_samples_of_a_recipe(files):
+    files('save_samples = true\nsample_prompts = ["A cat"]\n')
+    assert read_sample_prompts(load_recipe()) == ["A cat"]
+    assert read_sample_prompts(load_recipe("--no_save_samples")) == []
+
+
 def test_sample_only_needs_neither_teacher_nor_data(files):
     argv = ["--sample_only", "--student_path", "outputs/x/student", "--sample_prompts", "A cat"]
     assert load_config(argv, settings_of).student.student_path == "outputs/x/student"
@@ -172,7 +198,9 @@ def test_to_dict_is_json(files):
         (["--learning_rat", "1"], ["unknown flag --learning_rat", "did you mean '--learning_rate'?"]),
         (["--teacher_substep=2"], ["unknown flag --teacher_substep;", "'--teacher_substeps'"]),
         (["--learning", "1"], ["unknown flag --learning"]),  # no abbreviations
-        (["--checkpointing_steps", "5"], ["unknown flag --checkpointing_steps"]),
+        (["--heigth", "64"], ["'--height'"]),
+        (["--batchsize", "2"], ["'--batch_size'"]),
+        (["--save_sample"], ["'--save_samples'"]),
         (["--use_ema", "true"], ['unexpected argument "true"']),
         (["--lr"], ["--lr", "expected one argument"]),
         (["--lr", "1", "--learning_rate", "2"], ['--lr "1"', '--learning_rate "2"', "different values"]),
@@ -183,11 +211,15 @@ def test_to_dict_is_json(files):
         (["--batch_size", "2.5"], ['--batch_size "2.5"', "a whole number >= 1"]),
         (["--lr", "fast"], ['--lr "fast"', "a number > 0"]),
         (["--lr", "nan"], ["--lr", "a number > 0"]),
+        (["--lr", "-1e-5"], ['--lr "-1e-5": expected a number > 0']),
+        (["--lr", "-.5"], ['--lr "-.5": expected a number > 0']),
+        (["--lr", "-1.e-5"], ['--lr "-1.e-5": expected a number > 0']),
         (["--ddp_timeout", "inf"], ["--ddp_timeout", "a number > 0"]),
         (["--objective", "velocty"], ['--objective "velocty"', "did you mean 'velocity'?"]),
         (["--on_policy"], ["unknown flag --on_policy"]),  # velocity's, and only trajectory runs
         (["--loss_type", "l1"], ['--loss_type "l1"', "mse, huber"]),
         (["--student_path", "x"], ["--student_path", "--sample_only"]),
+        (["--no_save_samples", "--save_samples"], ["different values"]),
         (["--save_samples"], ["--sample_prompts is missing", "--save_samples"]),
         (["--student_config", "config/no.json"], ['--student_config "config/no.json"', "no such file"]),
         (["--sample_prompts", "no.txt"], ["--sample_prompts", "no.txt", "no such file"]),
@@ -201,11 +233,31 @@ def test_wrong_flags(files, flags, parts):
 
 
 @pytest.mark.parametrize(
+    "flags",
+    [
+        ["--checkpointing_steps", "5"],
+        ["--checkpoints_total_limit", "2"],
+        ["--resume_from_checkpoint", "latest"],
+        ["--resume_from_checkpoint=latest"],
+        ["--dry_run"],
+    ],
+)
+def test_flags_of_other_trainers_bring_no_misleading_hint(files, flags):
+    assert error(load, *flags) == f"unknown flag {flags[0].split('=')[0]}; --help lists all"
+
+
+def test_an_unknown_objective_is_named_once(files):
+    message = error(load_config, [*REQUIRED, "--objective", "trajectry"], objective.settings_of)
+    assert message.startswith('--objective "trajectry": expected one of ')
+    assert message.endswith("; did you mean 'trajectory'?") and message.count("trajectry") == 1
+
+
+@pytest.mark.parametrize(
     "flag",
     [
         *("lr", "num_steps", "num_epochs", "batch_size", "gradient_accumulation_steps", "max_grad_norm"),
         *("adam_epsilon", "ddp_timeout", "sample_interval", "logging_steps", "steps_per_epoch", "student_steps"),
-        *("sample_steps", "sample_batch_size", "height", "max_sequence_length", "flow_shift", "teacher_substeps"),
+        *("sample_steps", "sample_batch_size", "height", "flow_shift", "teacher_substeps"),
     ],
 )
 @pytest.mark.parametrize("value", ["0", "-1"])
@@ -301,7 +353,8 @@ def test_recipe_shorthand_and_single_prompt(files):
         ("[phase]\nobjective = 'velocity'", ["recipe.toml", "[[phase]]"]),
         ("phase = 3", ["recipe.toml", "[[phase]]"]),
         ("[[phase]]\nsteps = 3", ["recipe.toml: [[phase]] 1: objective is missing"]),
-        ("[[phase]]\nobjective = 'velocity'\nnum_steps = 3", ["[[phase]] 1: unknown key 'num_steps'", "'steps'"]),
+        ("[[phase]]\nobjective = 'velocity'\nnum_steps = 3", ["[[phase]] 1: unknown key 'num_steps'; ", "have steps,"]),
+        ("checkpointing_steps = 3", ["recipe.toml: unknown key 'checkpointing_steps'; keys are the flags' names"]),
         ("[[phase]]\nobjective = 'velocity'\nloss_type = 'mse'", ["[[phase]] 1: unknown key 'loss_type'"]),
         ("[[phase]]\nobjective = 'velocity'\nweights = [1, 'x']", ["[[phase]] 1: weights", "a number"]),
         ("[[phase]]\nobjective = 'velocity'\nsteps = 0", ["[[phase]] 1: steps = 0", ">= 1"]),

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from config.config import AT_LEAST_ONE, setting
 from config.errors import UserError
+from config.settings import AT_LEAST_ONE, setting
 from data.prompt_embeddings import Batch
 from distillation import objective
 from distillation.objective import Noise, read_text
