@@ -8,9 +8,11 @@ import json
 import logging
 import os
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 
 import torch
@@ -74,6 +76,7 @@ class Row:
     seconds: float = 0.0
     ok: bool = False
     error: str | None = None
+    scores: dict = dataclass_field(default_factory=dict)  # by scorer; a picture is scored after it is written
 
 
 class RoundFailed(RuntimeError):
@@ -122,17 +125,15 @@ class ParallelSampler:
         if self.ranks.is_main:
             try:
                 write_review(self.folder, [asdict(row) for row in rows])
-            except OSError as failure:
-                error = f"review page: {failure}"
+            except Exception:  # the others wait at the barrier, and the pictures are there all the same
+                log.exception("manifest and review page of %s could not be written", round_.prefix)
         # People look at the folder when the program says that the round is over: so all files are there by then.
         barrier()
         problems = [f"rank {rank}: {e}" for rank, (_, e) in enumerate(shares) if e]
         if not problems and rows and not any(row.ok for row in rows):
-            problems = [f"rank {rows[0].rank}: {rows[0].error}"]
+            problems = [f"every picture failed, the first one on rank {rows[0].rank}: {rows[0].error}"]
         if problems:
-            raise RoundFailed(f"sampling round {round_.prefix} failed on {'; '.join(problems)}")
-        if error:
-            log.warning("%s", error)
+            raise RoundFailed(f"sampling round {round_.prefix}: {'; '.join(problems)}")
         return rows
 
     @torch.no_grad()
@@ -174,6 +175,7 @@ class ParallelSampler:
                     continue
                 if isinstance(failure, torch.OutOfMemoryError):
                     self.batch_size = -(-len(batch) // 2)
+                    traceback.clear_frames(failure.__traceback__)  # they hold the tensors that did not fit
                     torch.cuda.empty_cache()
                     log.warning("rank %d: out of memory; drawing %d at a time", self.ranks.rank, self.batch_size)
                     rest = [i for waiting in [batch, *queue] for i in waiting]
@@ -202,23 +204,24 @@ class ParallelSampler:
         """Decode and write one batch (in the writer's thread); the number of pictures dealt with."""
         started = time.perf_counter()
         try:
-            pictures = to_pil(decode(self.vae, latents))
+            decoded = decode(self.vae, latents)  # (B, 3, height, width)
+            finite = (latents.isfinite().flatten(1).all(1) & decoded.isfinite().flatten(1).all(1)).tolist()
+            pictures = to_pil(decoded)
         except Exception as failure:  # recorded with its picture; the others are decoded without it
             if len(rows) == 1:
                 rows[0].error = f"{type(failure).__name__}: {failure}"
                 return 1
             return sum(self._write(latents[i : i + 1], rows[i : i + 1], seconds) for i in range(len(rows)))
         seconds += (time.perf_counter() - started) / len(rows)
-        finite = torch.isfinite(latents).flatten(1).all(1).tolist()
         for row, picture, good in zip(rows, pictures, finite, strict=True):
             row.seconds = round(seconds, 4)
             if not good:
-                row.error = "the latents are not finite (NaN or infinity)"
+                row.error = "the latents or the decoded pixels are not finite (NaN or infinity)"
                 continue
             try:
-                write_png(self.folder / row.file, picture, asdict(row) | {"ok": True})
+                write_png(self.folder / row.file, picture, _facts(row) | {"ok": True})
                 row.ok = True
-            except OSError as failure:
+            except Exception as failure:  # recorded with its picture; the others are written
                 row.error = f"{type(failure).__name__}: {failure}"
         return len(rows)
 
@@ -242,12 +245,19 @@ class ParallelSampler:
         )
 
 
+def _facts(row: Row) -> dict:
+    """What a picture says of itself: its row but for the scores, which come later."""
+    return {name: value for name, value in asdict(row).items() if name != "scores"}
+
+
 def write_png(path: Path, picture: Image.Image, facts: dict) -> None:
     """A PNG that carries its manifest row as text. It appears under its name only when it is whole."""
     info = PngInfo()
     for key, value in facts.items():
-        if value is not None:
-            info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
     temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="PNG", pnginfo=info)
-    os.replace(temporary, path)
+    try:
+        picture.save(temporary, format="PNG", pnginfo=info)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # what a full disk leaves half written

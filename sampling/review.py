@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 THUMBNAIL = 256  # pixels, the longer side, on a contact sheet
-CAPTION_HEIGHT = 34
+SHEET_WIDTH = 1600  # pixels, at most
+MARGIN = 12
+CAPTION_HEIGHT = 36  # two lines of a prompt
 
 
 def write_review(folder: Path, rows: list[dict]) -> None:
@@ -28,48 +31,69 @@ def read_manifest(folder: Path) -> list[dict]:
     path = folder / "manifest.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # Not splitlines: JSON leaves some characters as they are that it takes for line ends, such as U+2028.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def write_contact_sheet(path: Path, folder: Path, rows: list[dict]) -> None:
     """All pictures of a round in one, with their prompts; a failed picture leaves its error in its place."""
-    width, height = rows[0]["width"], rows[0]["height"]
-    scale = (
-        max(1, THUMBNAIL // max(width, height)) if max(width, height) < THUMBNAIL else THUMBNAIL / max(width, height)
-    )
-    w, h = int(width * scale), int(height * scale)
-    columns = min(len(rows), max(1, 1600 // w))
-    sheet = Image.new("RGB", (columns * (w + 8) + 8, -(-len(rows) // columns) * (h + CAPTION_HEIGHT + 8) + 8), "white")
+    scale = THUMBNAIL / max(rows[0]["width"], rows[0]["height"])
+    scale = math.floor(scale) if scale > 1 else scale  # small pictures grow by whole pixels, and stay sharp
+    w, h = round(rows[0]["width"] * scale), round(rows[0]["height"] * scale)
+    lines = -(-len(rows) // max(1, (SHEET_WIDTH - MARGIN) // (w + MARGIN)))
+    columns = -(-len(rows) // lines)  # as many in each line as in the others, so 8 are 4 and 4
+    size = (MARGIN + columns * (w + MARGIN), MARGIN + lines * (h + CAPTION_HEIGHT + MARGIN))
+    sheet = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for i, row in enumerate(rows):
-        x, y = 8 + i % columns * (w + 8), 8 + i // columns * (h + CAPTION_HEIGHT + 8)
-        if row["ok"]:
-            with Image.open(folder / row["file"]) as picture:
-                sheet.paste(
-                    picture.resize((w, h), Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS), (x, y)
-                )
+        x, y = MARGIN + i % columns * (w + MARGIN), MARGIN + i // columns * (h + CAPTION_HEIGHT + MARGIN)
+        picture, error = _thumbnail(folder, row, (w, h), scale >= 1)
+        if picture:
+            sheet.paste(picture, (x, y))
         else:
-            pen.rectangle((x, y, x + w, y + h), outline="red")
-            pen.multiline_text((x + 4, y + 4), _wrap(row["error"] or "failed", w - 8, font, 6), fill="red", font=font)
-        pen.multiline_text((x, y + h + 2), _wrap(row["prompt"], w, font, 2), fill="black", font=font, spacing=2)
+            pen.rectangle((x, y, x + w - 1, y + h - 1), fill="#fff4f4", outline="#c22")
+            text = _wrap(error, w - 16, font, max(1, (h - 16) // 16))
+            pen.multiline_text((x + 8, y + 8), text, fill="#c22", font=font)
+        pen.multiline_text((x, y + h + 3), _wrap(row["prompt"], w, font, 2), fill="black", font=font, spacing=2)
     temporary = path.with_name(f".{path.name}.tmp")
     sheet.save(temporary, format="PNG")
     os.replace(temporary, path)
 
 
-def _wrap(text: str, width: int, font, lines: int) -> str:
-    """At most `lines` lines of `text`, each no wider than `width` pixels; what does not fit ends in an ellipsis."""
+def _thumbnail(folder: Path, row: dict, size: tuple[int, int], enlarge: bool) -> tuple[Image.Image | None, str]:
+    """The picture in `size`, or None and why there is none."""
+    if not row["ok"]:
+        return None, f"failed: {row['error']}"
+    try:
+        with Image.open(folder / row["file"]) as picture:
+            return picture.resize(size, Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS), ""
+    except OSError:  # drawn on a machine with a disk of its own
+        return None, f"{row['file']} is not in this folder"
+
+
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont, lines: int) -> str:
+    """At most `lines` lines of `text`, none wider than `width` pixels; what is left out leaves an ellipsis."""
     done, line = [], ""
     for word in text.split():
-        if line and font.getlength(f"{line} {word}") > width:
+        if not line or font.getlength(f"{line} {word}") <= width:
+            line = f"{line} {word}".strip()
+        else:
             done.append(line)
             line = word
-        else:
-            line = f"{line} {word}".strip()
     done.append(line)
+    kept = done[:lines]
     if len(done) > lines:
-        done = [*done[: lines - 1], done[lines - 1] + "…"]
-    return "\n".join(done)
+        kept[-1] += "…"
+    return "\n".join(_shorten(line, width, font) for line in kept)
+
+
+def _shorten(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    if font.getlength(line) <= width:
+        return line
+    kept = 0
+    while font.getlength(f"{line[: kept + 1]}…") <= width:
+        kept += 1
+    return f"{line[:kept]}…"
 
 
 _PAGE = """<!doctype html>
@@ -80,10 +104,11 @@ _PAGE = """<!doctype html>
 body {{ margin: 1rem }}
 table {{ border-collapse: collapse }}
 th, td {{ padding: .3rem; vertical-align: top; text-align: left; font-weight: normal }}
-thead th {{ position: sticky; top: 0; background: Canvas; font-weight: 600; white-space: nowrap }}
-tbody th {{ max-width: 18rem; min-width: 9rem }}
-img {{ width: 128px; height: auto; display: block; image-rendering: {rendering} }}
-small {{ opacity: .75 }} .failed {{ color: #c22; max-width: 128px; overflow-wrap: anywhere }}
+thead th {{ position: sticky; top: 0; z-index: 1; background: Canvas; font-weight: 600; white-space: nowrap }}
+tbody th {{ position: sticky; left: 0; background: Canvas; max-width: 18rem; min-width: 9rem; overflow-wrap: anywhere }}
+img, .failed, small {{ display: block; width: {width}px }}
+img {{ height: auto; image-rendering: {rendering} }}
+small {{ opacity: .75 }} .failed {{ color: #c22; overflow-wrap: anywhere }}
 </style>
 <h1>Samples</h1>
 <p>{summary}</p>
@@ -106,10 +131,11 @@ def render_page(manifest: list[dict]) -> str:
         tds = "".join(f"<td>{_cell(by_round[r])}</td>" if r in by_round else "<td></td>" for r in rounds)
         body.append(f"<tr><th scope=row>{html.escape(prompt)}</th>{tds}</tr>")
     failed = sum(not row["ok"] for row in manifest)
-    summary = f"{len(manifest)} pictures of {len(cells)} prompts" + (f", {failed} of them failed" if failed else "")
+    summary = f"Pictures: {len(manifest)}, prompts: {len(cells)}" + (f", failed: {failed}" if failed else "")
     head = "".join(f"<th>{'teacher' if kind == 'teacher' else f'epoch {epoch}'}</th>" for kind, epoch in rounds)
     small = bool(manifest) and max(manifest[0]["width"], manifest[0]["height"]) < 256
-    return _PAGE.format(summary=summary, head=head, body="\n".join(body), rendering="pixelated" if small else "auto")
+    look = dict(width=128, rendering="pixelated") if small else dict(width=240, rendering="auto")
+    return _PAGE.format(summary=summary, head=head, body="\n".join(body), **look)
 
 
 def _round(row: dict) -> tuple[str, int]:
