@@ -209,7 +209,7 @@ def refuse_unknown_flags(unknown: list[str], parser: argparse.ArgumentParser) ->
         return
     flag = unknown[0].split("=")[0]
     if flag.startswith("-"):
-        raise UserError(f"unknown flag {flag}{_hint(flag, parser._option_string_actions, "--help lists all")}")
+        raise UserError(f"unknown flag {flag}{_hint(flag, parser._option_string_actions, '--help lists all')}")
     raise UserError(f"unexpected argument {_shown(unknown[0])}: no flag takes it; quote text that holds spaces")
 
 
