@@ -106,7 +106,7 @@ def _download(name: str, revision: str | None, patterns: list[str], source: str)
     except HFValidationError as error:
         raise UserError(f"{source}: no such folder, and no hub id (owner/name) either") from error
     except (HTTPError, OSError) as error:  # a broken proxy or connection is an HTTPError, all else an OSError too
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{source}: no such folder, and the hub could not give it ({reason}); "
             "pass a local folder in Diffusers layout, or a hub id while there is a network"

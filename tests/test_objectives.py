@@ -1,0 +1,266 @@
+"""The objectives' pairs and jumps against rollouts written out in the test, in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from config.errors import UserError
+from data.prompt_embeddings import Batch
+from distillation.objective import Noise, Setup, build_objective, mix_seeds, objective_names, settings_of
+from models.flow import few_step_grid
+
+SHIFT, NUM_STEPS, SUBSTEPS, BATCH, LATENT = 3.0, 4, 3, 3, (2, 1, 2, 2)
+GRID = few_step_grid(NUM_STEPS, SHIFT)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def meaning(prompt_embeds: torch.Tensor) -> torch.Tensor:
+    """What the toy networks read of a text: its first number, (B, 1, 1, 1, 1)."""
+    return prompt_embeds[:, 0, 0].double().view(-1, 1, 1, 1, 1)
+
+
+class ToyTeacher(nn.Module):
+    """A nonlinear velocity that depends on everything, of an unfrozen network, so that a leaking gradient shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.3))
+        self.calls = 0
+
+    def forward(self, x_t, t, prompt_embeds):
+        self.calls += len(x_t)
+        t = torch.as_tensor(t).reshape(-1, 1, 1, 1, 1)
+        return self.scale * torch.tanh(x_t + meaning(prompt_embeds)) - x_t * t + t**2
+
+
+class RecordingStudent(nn.Module):
+    """Answers with noise of its own, and keeps what it was asked and its answer, whose gradient gives the target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.asked = []
+
+    def forward(self, x_t, t, prompt_embeds):
+        v = self.weight * torch.randn(x_t.shape, generator=torch.Generator().manual_seed(len(self.asked)))
+        v.retain_grad()
+        self.asked.append((x_t, t, meaning(prompt_embeds).flatten(), v))
+        return v
+
+    def targets(self, k: int) -> torch.Tensor:
+        """From d/dv mean((v − target)²) = 2·(v − target) / n."""
+        v = self.asked[k][3]
+        return (v - v.grad * v.numel() / 2).detach()
+
+
+@pytest.fixture
+def teacher() -> ToyTeacher:
+    return ToyTeacher()
+
+
+@pytest.fixture
+def student() -> RecordingStudent:
+    return RecordingStudent()
+
+
+@pytest.fixture
+def batch() -> Batch:
+    embeds = torch.arange(1.0, 1 + BATCH).mul(0.25).view(BATCH, 1, 1).expand(BATCH, 4, 5)
+    lengths = torch.tensor([[4], [1], [2]])
+    return Batch(list(range(BATCH)), embeds, torch.arange(4) < lengths)
+
+
+def noise_of(update: int = 0, micro_step: int = 0, step: int = 0) -> Noise:
+    return Noise(seed=0, rank=0, step=step, update=update, micro_step=micro_step, latent_shape=LATENT)
+
+
+def fine_levels() -> list[float]:
+    """The teacher's levels: evenly spread before the shift between the student's."""
+    levels = []
+    for high, low in zip(GRID.sigmas[:-1], GRID.sigmas[1:], strict=True):
+        u_high, u_low = (s / (SHIFT + s - SHIFT * s) for s in (high, low))
+        for j in range(SUBSTEPS):
+            u = u_high + (u_low - u_high) * j / SUBSTEPS
+            levels.append(SHIFT * u / (1 + (SHIFT - 1) * u))
+    return [*levels, 0.0]
+
+
+@torch.no_grad()
+def teacher_states(teacher: ToyTeacher, batch: Batch, noise: Noise) -> list[torch.Tensor]:
+    """The teacher's Euler rollout from the noise that `noise` gives first, K·SUBSTEPS + 1 of (B, C, 1, H, W)."""
+    states, levels = [noise.latents(BATCH)], fine_levels()
+    for high, low in zip(levels[:-1], levels[1:], strict=True):
+        states.append(states[-1] + (low - high) * teacher(states[-1], high, batch.prompt_embeds))
+    return states
+
+
+def step_once(objective, batch: Batch, step: int = 0, micro_steps: int = 1) -> list[float]:
+    """All updates of one step, each with its micro-batches, as the training loop runs them."""
+    losses = []
+    for update, network in enumerate(objective.schedule(step)):
+        for micro_step in range(micro_steps):
+            loss, _ = objective.loss(network, batch, noise_of(update, micro_step, step))
+            loss.backward()
+            losses.append(loss.item())
+    return losses
+
+
+# ------------------------------------------------------------------------------------------------ velocity
+
+
+@pytest.mark.parametrize("updates", [1, 2, 5, NUM_STEPS * SUBSTEPS])
+def test_velocity_uses_every_pair_of_the_teacher_s_rollout_once(teacher, student, batch, updates):
+    settings = {"teacher_substeps": SUBSTEPS, "updates_per_rollout": updates}
+    objective = build_objective("velocity", Setup(teacher, student, GRID, SHIFT), settings)
+    step_once(objective, batch)
+    assert len(student.asked) == updates and teacher.calls == len(fine_levels()[:-1]) * BATCH
+    x_t, t, text = (torch.cat([asked[i] for asked in student.asked]) for i in range(3))
+    target = torch.cat([student.targets(k) for k in range(updates)])
+    sizes = [len(asked[0]) for asked in student.asked]
+    assert max(sizes) - min(sizes) <= 1 and sum(sizes) == NUM_STEPS * SUBSTEPS * BATCH
+    states = teacher_states(teacher, batch, noise_of())
+    found = set()
+    for row in range(len(x_t)):
+        k = min(range(len(states) - 1), key=lambda k: abs(fine_levels()[k] - t[row].item()))
+        b = int((text[row] / 0.25).round()) - 1
+        found.add((k, b))
+        assert t[row].item() == pytest.approx(fine_levels()[k], abs=1e-12)
+        torch.testing.assert_close(x_t[row], states[k][b])
+        with torch.no_grad():
+            v = teacher(states[k][b : b + 1], fine_levels()[k], batch.prompt_embeds[b : b + 1])[0]
+        torch.testing.assert_close(target[row], v)
+    assert len(found) == len(x_t)  # every pair, none twice
+    assert len(set(t[: len(t) // updates].tolist())) > 1  # shuffled: not a single level an update
+
+
+def test_velocity_s_loss_is_the_mean_squared_error(teacher, student, batch):
+    objective = build_objective("velocity", Setup(teacher, student, GRID, SHIFT), {"teacher_substeps": SUBSTEPS})
+    (loss,) = step_once(objective, batch)
+    v = student.asked[0][3].detach()
+    assert loss == pytest.approx((v - student.targets(0)).square().mean().item(), rel=1e-12)
+
+
+def test_velocity_keeps_micro_batches_apart(teacher, student, batch):
+    settings = {"teacher_substeps": SUBSTEPS, "updates_per_rollout": 2}
+    objective = build_objective("velocity", Setup(teacher, student, GRID, SHIFT), settings)
+    step_once(objective, batch, micro_steps=2)
+    assert len(student.asked) == 4
+    for micro_step in range(2):  # asked in the order (update, micro-batch)
+        x_t = torch.cat([student.asked[k][0] for k in (micro_step, micro_step + 2)])
+        states = torch.cat(teacher_states(teacher, batch, noise_of(micro_step=micro_step))[:-1])
+        for values in (x_t, states):
+            assert values.shape == (NUM_STEPS * SUBSTEPS * BATCH, *LATENT)
+        torch.testing.assert_close(x_t.flatten().sort().values, states.flatten().sort().values)
+
+
+def test_velocity_refuses_more_updates_than_states(teacher, student):
+    settings = {"teacher_substeps": SUBSTEPS, "updates_per_rollout": 13}
+    with pytest.raises(UserError, match="updates_per_rollout 13.* 12 states"):
+        build_objective("velocity", Setup(teacher, student, GRID, SHIFT), settings)
+
+
+# ------------------------------------------------------------------------------------------------ trajectory
+
+
+def test_trajectory_s_targets_jump_along_the_teacher_s_rollout(teacher, student, batch):
+    objective = build_objective("trajectory", Setup(teacher, student, GRID, SHIFT), {"teacher_substeps": SUBSTEPS})
+    loss, metrics = objective.loss("student", batch, noise_of())
+    loss.backward()
+    ((x_t, t, text, v),) = student.asked
+    shape = (NUM_STEPS, BATCH)
+    x_t, t, text, target = x_t.view(*shape, *LATENT), t.view(shape), text.view(shape), student.targets(0)
+    target, v = target.view(*shape, *LATENT), v.detach().view(*shape, *LATENT)
+    coarse = teacher_states(teacher, batch, noise_of())[::SUBSTEPS]
+    for k in range(NUM_STEPS):
+        # What the student will be told where it is used: the scheduler's integer timesteps.
+        torch.testing.assert_close(1000 * t[k], torch.tensor([999.0, 899.0, 749.0, 499.0])[k].expand(BATCH))
+        torch.testing.assert_close(text[k], batch.prompt_embeds[:, 0, 0])
+        torch.testing.assert_close(x_t[k], coarse[k])
+        # A student that answers with the target lands, by the exported scheduler's Euler step, on the next state.
+        landed = x_t[k] + (GRID.sigmas[k + 1] - GRID.sigmas[k]) * target[k]
+        torch.testing.assert_close(landed, coarse[k + 1])
+        assert metrics[f"loss_step_{k}"].item() == pytest.approx((v[k] - target[k]).square().mean().item(), rel=1e-10)
+    assert loss.item() == pytest.approx((v - target).square().mean().item(), rel=1e-12)
+    assert not any(figure.requires_grad for figure in metrics.values())
+
+
+def test_trajectory_of_straight_paths_is_the_velocity_itself(student, batch):
+    """Where all data is one point, every path is straight: jumps of any length have v = ε − x₀."""
+    point = 0.6
+
+    def straight(x_t, t, prompt_embeds):
+        return (x_t - point) / t
+
+    objective = build_objective("trajectory", Setup(straight, student, GRID, SHIFT), {"teacher_substeps": SUBSTEPS})
+    objective.loss("student", batch, noise_of())[0].backward()
+    # The first level is .9997: what starts as noise there lies on the path to `point` from a little farther out.
+    start = noise_of().latents(BATCH)
+    torch.testing.assert_close(student.targets(0), ((start - point) / GRID.sigmas[0]).repeat(NUM_STEPS, 1, 1, 1, 1))
+
+
+# ------------------------------------------------------------------------------------------------ both
+
+
+@pytest.mark.parametrize("name", ["velocity", "trajectory"])
+def test_gradients_reach_the_student_alone(teacher, student, batch, name):
+    objective = build_objective(name, Setup(teacher, student, GRID, SHIFT), {})
+    loss, _ = objective.loss("student", batch, noise_of())
+    loss.backward()
+    assert student.weight.grad.abs() > 0 and teacher.scale.grad is None
+    assert not student.asked[0][0].requires_grad
+    assert objective.networks() == {} and objective.schedule(0) == ("student",)
+
+
+@pytest.mark.parametrize("name", ["velocity", "trajectory"])
+def test_same_noise_same_loss(teacher, batch, name):
+    losses = []
+    for step in (3, 3, 4):
+        objective = build_objective(name, Setup(teacher, RecordingStudent(), GRID, SHIFT), {})
+        losses += step_once(objective, batch, step)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_objectives_are_found_by_name():
+    assert {"velocity", "trajectory"} <= set(objective_names())
+    assert settings_of("velocity")().updates_per_rollout == 1
+    with pytest.raises(UserError, match="trajectory.*did you mean 'velocity'"):
+        settings_of("velocty")
+
+
+def test_noise_hangs_on_each_of_its_numbers():
+    def draw(**changes):
+        numbers = {"seed": 1, "rank": 2, "step": 3, "update": 0, "micro_step": 1} | changes
+        noise = Noise(**numbers, latent_shape=LATENT)
+        return noise.latents(2), noise.permutation(20)
+
+    (latents, permutation), again = draw(), draw()
+    assert latents.shape == (2, *LATENT)
+    assert torch.equal(latents, again[0]) and torch.equal(permutation, again[1])
+    assert sorted(permutation.tolist()) == list(range(20))
+    others = [{"seed": 2}, {"rank": 3}, {"step": 2}, {"update": 1}, {"micro_step": 0}, {"rank": 3, "step": 2}]
+    for changes in others:
+        other = draw(**changes)
+        assert not torch.equal(latents, other[0]) and not torch.equal(permutation, other[1])
+
+
+def test_noise_is_gaussian_and_fresh_at_every_call():
+    noise = Noise(0, 0, 0, latent_shape=(16, 1, 32, 32))
+    first, second = noise.latents(1), noise.latents(1)
+    n = first.numel()
+    assert abs(first.mean()) < 4 / n**0.5 and abs(first.std() - 1) < 4 / (2 * n) ** 0.5
+    assert abs(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1]) < 4 / n**0.5
+
+
+def test_seeds_of_neighbours_have_nothing_in_common():
+    parts = [(s, r, t, u) for s in range(6) for r in range(6) for t in range(6) for u in range(6)]
+    seeds = [mix_seeds(*part) for part in parts]
+    assert len(set(seeds)) == len(parts) and all(0 <= seed < 2**63 for seed in seeds)
+    flipped = [bin(a ^ b).count("1") for a, b in zip(seeds[:-1], seeds[1:], strict=True)]
+    assert 30 < sum(flipped) / len(flipped) < 33  # half of 63 bits
+    assert mix_seeds(1, 2) != mix_seeds(2, 1)
