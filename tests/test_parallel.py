@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -297,6 +298,21 @@ def test_out_of_memory_halves_the_batch_for_good(reference, vae, field, text, tm
     tried.clear()
     sampler.draw(ROUND, small_gpu, text)
     assert tried == [2, 2, 1]
+
+
+def test_what_did_not_fit_is_freed_before_the_next_try(vae, field, text, tmp_path, monkeypatch):
+    held, freed = [], []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(held[-1]() is None))
+
+    def small_gpu(x_t, t, prompt_embeds):
+        activations = torch.zeros(len(x_t))
+        held.append(weakref.ref(activations))
+        if len(x_t) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return field(x_t, t, prompt_embeds)
+
+    sampler_in(tmp_path, vae).draw(ROUND, small_gpu, text)
+    assert freed == [True, True]
 
 
 def test_out_of_memory_for_a_single_picture_is_recorded(vae, text, tmp_path):
