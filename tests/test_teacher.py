@@ -106,7 +106,8 @@ def test_decodes_what_the_stock_pipeline_decodes(family):
     ours = to_pil(decode(load_vae(family.folder, CPU), latents))[0]
     theirs = family.draw_stock(4.0, output_type="pil")[0][0]
     assert ours.size == theirs.size == (family.size, family.size) and np.std(theirs) > 5
-    assert np.abs(np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int)).max() <= 1
+    differences = np.abs(np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int))
+    assert differences.max() <= 1 and differences.mean() < 0.01  # rounded alike, but for values between two levels
 
 
 @pytest.mark.parametrize("guidance", [(4.0, 2.5), (2.0, 6.0), (3.0, 1.0), (1.0, 1.0), (1.0, 3.0), (0.0, 2.0)])
