@@ -22,12 +22,15 @@ PADDING_COLUMNS = 4
 _ALMOST_NOTHING = -30.0  # a score that adds e⁻³⁰: for columns that stand for no padding at all
 
 
-def fold_text(prompt_embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def fold_text(
+    prompt_embeds: torch.Tensor, mask: torch.Tensor, sequence_length: float = MAX_SEQUENCE_LENGTH
+) -> torch.Tensor:
     """Text as `fold_text_attention` reads it: zeros for padding, and one more channel for the attention scores.
 
     Args:
         prompt_embeds: (B, L, D) embeddings of real tokens; what stands where `mask` is False is ignored.
         mask: (B, L), True for real tokens, which come first.
+        sequence_length: real tokens and padding together; as many as `WanPipeline` pads to.
 
     Returns:
         (B, L + PADDING_COLUMNS, D + 1); the last channel is what to add to a position's attention score.
@@ -36,7 +39,7 @@ def fold_text(prompt_embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     lengths = mask.sum(1)
     scores = torch.zeros(text.shape[:2], dtype=torch.float32, device=text.device)
     scores.masked_fill_(torch.arange(text.shape[1], device=text.device) >= lengths[:, None], _ALMOST_NOTHING)
-    left = (MAX_SEQUENCE_LENGTH - lengths).float()  # padding positions not yet accounted for
+    left = (sequence_length - lengths).float().clamp(min=0)  # padding positions not yet accounted for
     for column in range(PADDING_COLUMNS):
         score = _round_down(left.log().clamp(min=_ALMOST_NOTHING))
         scores.scatter_(1, (lengths + column)[:, None], score[:, None])

@@ -27,7 +27,7 @@ from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 from data.scenes import BACKGROUNDS, COLOURS, PLACES, RADII, RELATIONS, SHAPES, draw, random_scenes
 from models.flow import add_noise, shift_time
-from models.folding import fold_text, fold_text_attention, fold_time
+from models.folding import MAX_SEQUENCE_LENGTH, fold_text, fold_text_attention, fold_time
 
 HOME = Path(__file__).parent / "tiny_wan"
 BOUNDARY_RATIO = 0.875  # Wan2.2-A14B's
@@ -40,6 +40,7 @@ TRANSFORMER = dict(
 )  # fmt: skip
 BANK = 80_000  # pictures whose latents the transformers learn from
 CAPTION_DROPOUT = 0.1
+PADDING_GROWS = 0.3
 
 
 # --------------------------------------------------------------------------------------------- parts, untrained
@@ -176,7 +177,9 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
 def train_vae(vae: AutoencoderKLWan, pictures: np.ndarray, steps: dict[str, int], work: Path) -> None:
     """Reconstruction, and a light pull of the latents towards a unit Gaussian.
 
-    First absolute error in larger batches, for colours and places; then squared error in small ones, for sharp edges.
+    First absolute error in larger batches, for colours and places; then squared error in small ones, for sharp edges;
+    then a stronger pull: latents that say less than they could are easier to learn, and a decoder that has seen them
+    noisy forgives a transformer's errors.
     """
 
     def loss(batch_size: int, absolute: float, squared: float, pull: float):
@@ -193,19 +196,29 @@ def train_vae(vae: AutoencoderKLWan, pictures: np.ndarray, steps: dict[str, int]
 
     train("vae", {"vae": vae}, loss(16, 1.0, 1.0, 5e-4), steps["vae"], 1.5e-3, work, ema_decay=0.995)
     train("vae_edges", {"vae": vae}, loss(6, 0.2, 5.0, 2e-4), steps["vae_edges"], 1.2e-3, work, ema_decay=0.998)
+    train("vae_smooth", {"vae": vae}, loss(6, 0.2, 5.0, 4e-3), steps["vae_smooth"], 8e-4, work, ema_decay=0.998)
 
 
 @torch.no_grad()
 def latent_bank(vae: AutoencoderKLWan, pictures: np.ndarray, work: Path) -> torch.Tensor:
-    """Latents of all pictures, (N, 16, 1, 8, 8), normalised; sets the VAE's `latents_mean` and `latents_std`."""
+    """Latents of all pictures, (N, 16, 1, 8, 8), normalised; sets the VAE's `latents_mean` and `latents_std`.
+
+    The spread counts the encoder's own uncertainty, so that a channel which says nothing stays small instead of being
+    blown up to the size of those that matter.
+    """
     path = work / "latents.safetensors"
     vae.eval()
     if not path.exists():
-        batches = range(0, len(pictures), 64)
-        latents = [vae.encode(to_tensor(pictures[i : i + 64])).latent_dist.mean for i in tqdm(batches, desc="latents")]
-        save_atomically({"latents": torch.cat(latents).contiguous()}, path)  # (N, 16, 1, 8, 8)
-    latents = load_file(path)["latents"]
-    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+        means, variances = [], []
+        for i in tqdm(range(0, len(pictures), 64), desc="latents", mininterval=5):
+            posterior = vae.encode(to_tensor(pictures[i : i + 64])).latent_dist
+            means.append(posterior.mean)
+            variances.append(posterior.var.mean((0, 2, 3, 4)))
+        uncertainty = torch.stack(variances).mean(0)  # (16,)
+        save_atomically({"latents": torch.cat(means).contiguous(), "uncertainty": uncertainty}, path)
+    bank = load_file(path)
+    latents = bank["latents"]
+    mean, std = latents.mean((0, 2, 3, 4)), (latents.var((0, 2, 3, 4)) + bank["uncertainty"]).sqrt()
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     return (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
 
@@ -222,7 +235,11 @@ def train_transformer(
     work: Path,
     with_text_encoder: bool,
 ) -> None:
-    """Flow matching on the bank for t in `t_range`, spread as a grid of shift FLOW_SHIFT spreads it."""
+    """Flow matching on the bank for t in `t_range`, spread as a grid of shift FLOW_SHIFT spreads it.
+
+    Beside a text encoder that knows nothing yet, the padding grows from almost none to its full length over the first
+    PADDING_GROWS of the steps: at full length 19 of 20 positions are padding, and the words would hardly be heard.
+    """
     modules = {"transformer": transformer} | ({"text_encoder": text_encoder} if with_text_encoder else {})
     u_range = [t / (FLOW_SHIFT - (FLOW_SHIFT - 1) * t) for t in t_range]  # shift_time, inverted
 
@@ -233,11 +250,13 @@ def train_transformer(
         mask = torch.where(dropped[:, None], tokens["empty_mask"], tokens["attention_mask"][indices])
         with torch.set_grad_enabled(with_text_encoder):
             text = text_encoder(ids, mask).last_hidden_state
+        grown = min(1.0, step / (PADDING_GROWS * steps)) if with_text_encoder else 1.0
+        embeds = fold_text(text, mask.bool(), text.shape[1] + (MAX_SEQUENCE_LENGTH - text.shape[1]) ** grown)
         x0, noise = latents[indices], torch.randn(latents[indices].shape, generator=generator)
         # Stratified: the batch's times are spread evenly, which makes the loss and its gradient less noisy.
         u = (torch.arange(64) + torch.rand(64, generator=generator)) / 64
         t = shift_time(u_range[0] + (u_range[1] - u_range[0]) * u, FLOW_SHIFT)
-        v = transformer(add_noise(x0, noise, t), 1000 * t, fold_text(text, mask.bool()), return_dict=False)[0]
+        v = transformer(add_noise(x0, noise, t), 1000 * t, embeds, return_dict=False)[0]
         return F.mse_loss(v, noise - x0)
 
     train(name, modules, loss, steps, learning_rate, work)
@@ -311,7 +330,7 @@ def main() -> None:
     if args.measure:
         print(f"VAE reconstruction of held-out scenes: {measure_vae(args.output):.1f} dB PSNR")
         return
-    steps = {"vae": 3000, "vae_edges": 6000, "base": 5000, "high": 800, "low": 1500} | args.steps
+    steps = {"vae": 3000, "vae_edges": 6000, "vae_smooth": 2500, "base": 16000, "high": 1500, "low": 2500} | args.steps
     make(args.output, args.work, steps, args.seed)
 
 

@@ -1,0 +1,47 @@
+"""The embedded teacher in the repository: what it is, and that it draws what it is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from models.tiny_wan import HOME, build_tokenizer, measure_vae
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> WanPipeline:
+    pipeline = WanPipeline.from_pretrained(HOME)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_is_of_wan22_a14b_make_and_small(pipeline):
+    assert pipeline.config.boundary_ratio == 0.875
+    assert type(pipeline.transformer).__name__ == type(pipeline.transformer_2).__name__ == "WanTransformer3DModel"
+    assert type(pipeline.text_encoder).__name__ == "UMT5EncoderModel" and pipeline.tokenizer.is_fast
+    assert pipeline.vae.config.z_dim == 16 and pipeline.vae_scale_factor_spatial == 8
+    assert pipeline.scheduler.config.use_flow_sigmas and pipeline.scheduler.config.flow_shift == 3.0
+    assert sum(f.stat().st_size for f in HOME.rglob("*") if f.is_file()) <= 24e6
+
+
+def test_carries_no_path_of_a_machine():
+    for file in HOME.rglob("*.json"):
+        if file.name != "tokenizer.json":
+            assert "_name_or_path" not in json.loads(file.read_text())
+            assert str(Path.home()) not in file.read_text()
+
+
+def test_tokenizer_on_disk_is_the_one_in_the_code(pipeline):
+    caption = "a small red star left of a large blue ring on a yellow background; Ünusual words, 7"
+    assert pipeline.tokenizer(caption).input_ids == build_tokenizer()(caption).input_ids
+
+
+def test_vae_gives_pictures_back():
+    assert measure_vae(HOME, count=64) >= 28  # dB
+
+
+def test_experts_differ(pipeline):
+    pairs = zip(pipeline.transformer.parameters(), pipeline.transformer_2.parameters(), strict=True)
+    assert any(not torch.equal(high, low) for high, low in pairs)
