@@ -56,7 +56,7 @@ def write_contact_sheet(path: Path, folder: Path, rows: list[dict]) -> None:
             pen.multiline_text((x + 8, y + 8), text, fill="#c22", font=font)
         pen.multiline_text((x, y + h + 3), _wrap(row["prompt"], w, font, 2), fill="black", font=font, spacing=2)
     temporary = path.with_name(f".{path.name}.tmp")
-    sheet.save(temporary, format="PNG")
+    sheet.save(temporary, format="PNG", compress_level=1)  # half the time for a tenth more bytes
     os.replace(temporary, path)
 
 
