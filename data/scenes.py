@@ -265,7 +265,7 @@ SHOWN_RADII = (6.6, 14.5)  # pixels, what it may find; the top half of a small t
 FITTED_TURN = math.radians(13)
 MAX_BLUR = 1.8  # pixels, Gaussian: beyond this an edge counts as smeared
 MIN_EXPLAINED = 0.92  # of a thing's pixels, by its best shape
-MIN_MARGIN = 0.02  # of a thing's pixels, that the best shape explains beyond the runner-up
+MIN_MARGIN = 0.015  # of a thing's pixels, that the best shape explains beyond the runner-up
 OFF_LINE = 45.0  # RGB distance from the mixtures of two colours, beyond which a pixel belongs to a third
 STRAY = 40.0  # RGB distance, mean of 3×3 pixels, from which a pixel counts as unexplained
 MAX_STRAY_PIXELS = 8
@@ -538,7 +538,8 @@ def _problem(fits: list[tuple[_Fit, float]], found: tuple[Found, ...], colours: 
         return "more than 2 shapes"
     if len({f.thing.colour for f in found}) < len(found):
         return f"two shapes are {found[0].thing.colour}"
-    stray = int((_length(_box(rest) / 9) > STRAY).sum())
+    rims = [_grow((fit.cover > 0.02) & (fit.cover < 0.98), 1) for fit, _ in fits]  # their misfit is in `explained`
+    stray = int(((_length(_box(rest) / 9) > STRAY) & ~np.any(rims, axis=0)).sum())
     if stray > MAX_STRAY_PIXELS:
         return f"{stray} pixels belong to no shape"
     grain = float(np.sqrt(np.square(rest).mean()))
@@ -559,6 +560,7 @@ def read(picture: Image.Image | np.ndarray) -> Reading:
     fits, colours, rest = _fit_things(pixels, np.median(pixels[near], axis=0), purity)
     if np.linalg.norm(colours[0] - PALETTE[background]) > COLOUR_TOLERANCE:
         return Reading(None, (), "background of no known colour")
+    colours = colours.clip(0, 255)  # a rim slightly too dark puts the mixture's black below 0
     found = []
     for (fit, _), colour in zip(fits, colours[1:], strict=True):
         x, y, radius = (float(value) for value in fit.pose[:3])
