@@ -293,7 +293,9 @@ def write_run_facts(config: Config, folder: Path) -> None:
     for name in ("metrics.jsonl", "config.json"):
         (folder / name).unlink(missing_ok=True)
     for left_over in (folder / "student", Path(config.sampling.sample_dir)):
-        if (left_over / "model_index.json").exists() or (left_over / "manifest.jsonl").exists():
+        ours = (left_over / "model_index.json").exists() or (left_over / "manifest.jsonl").exists()
+        # A --sample_dir elsewhere may hold other runs' pictures too.
+        if ours and left_over.resolve().is_relative_to(folder.resolve()):
             shutil.rmtree(left_over)
     folder.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

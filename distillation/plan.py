@@ -99,6 +99,9 @@ def read_sample_prompts(config: Config) -> list[str]:
         return []
     if config.sampling.sample_prompts_file:
         return read_prompts(Path(config.sampling.sample_prompts_file))
+    for prompt in config.sampling.sample_prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python passes on bytes it cannot read
+            raise UserError(f"--sample_prompts {prompt!r}: not UTF-8; accepted is UTF-8 text")
     return list(config.sampling.sample_prompts)
 
 

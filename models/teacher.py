@@ -97,7 +97,9 @@ def inspect_teacher(
 def download_weights(info: TeacherInfo) -> None:
     """Fetch a hub teacher's weights into the hub's cache; nothing to do for a local folder."""
     if not Path(info.name).is_dir():
-        _download(info.name, info.revision, ["*.json", "*.safetensors", "tokenizer/*"], "--teacher_path " + info.name)
+        # A snapshot's folder is named by its commit: a branch that has moved on since cannot mix two versions.
+        commit = info.folder.name
+        _download(info.name, commit, ["*.json", "*.safetensors", "tokenizer/*"], "--teacher_path " + info.name)
 
 
 def _download(name: str, revision: str | None, patterns: list[str], source: str) -> Path:

@@ -16,15 +16,26 @@ CAPTION_HEIGHT = 36  # two lines of a prompt
 
 
 def write_review(folder: Path, rows: list[dict]) -> None:
-    """Add a round's rows to the manifest and redraw what hangs on it. Rank 0 only; no collective."""
-    replaced = {row["file"] for row in rows}
-    kept = [row for row in read_manifest(folder) if row["file"] not in replaced]
+    """Add a round's rows to the manifest and redraw what hangs on it. Rank 0 only; no collective.
+
+    A round that is drawn again, on another number of ranks perhaps, takes the place of the earlier one: rows and files.
+    """
+    files, prefixes = {row["file"] for row in rows}, {_prefix(row) for row in rows}
+    kept = []
+    for row in read_manifest(folder):
+        if _prefix(row) not in prefixes:
+            kept.append(row)
+        elif row["file"] not in files:
+            (folder / Path(row["file"]).name).unlink(missing_ok=True)
     manifest = kept + rows
     _write(folder / "manifest.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in manifest))
     if rows:
-        prefix = rows[0]["file"].split("_rank_")[0]
-        write_contact_sheet(folder / f"{prefix}.png", folder, rows)
+        write_contact_sheet(folder / f"{_prefix(rows[0])}.png", folder, rows)
     _write(folder / "index.html", render_page(manifest))
+
+
+def _prefix(row: dict) -> str:
+    return row["file"].split("_rank_")[0]
 
 
 def read_manifest(folder: Path) -> list[dict]:

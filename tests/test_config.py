@@ -165,6 +165,11 @@ def test_a_flag_turns_off_the_samples_of_a_recipe(files):
     assert read_sample_prompts(load_recipe("--no_save_samples")) == []
 
 
+def test_a_sample_prompt_that_is_not_utf8_is_refused_before_it_is_drawn(files):
+    with pytest.raises(UserError, match="--sample_prompts 'a .udce4pfel': not UTF-8"):
+        read_sample_prompts(load("--sample_prompts", "a \udce4pfel"))
+
+
 def test_sample_only_needs_neither_teacher_nor_data(files):
     argv = ["--sample_only", "--student_path", "outputs/x/student", "--sample_prompts", "A cat"]
     assert load_config(argv, settings_of).student.student_path == "outputs/x/student"

@@ -63,6 +63,16 @@ def test_rows_keep_their_order_and_a_file_drawn_again_replaces_its_row(tmp_path)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_a_round_drawn_again_on_fewer_ranks_leaves_nothing_of_the_earlier_one(tmp_path):
+    write_review(tmp_path, paint(tmp_path, [row_of(0), row_of(1, rank=1), row_of(0, epoch=2, rank=1)]))
+    write_review(tmp_path, paint(tmp_path, [row_of(0), row_of(1)]))
+    names = {p.name for p in tmp_path.glob("*_sample_*.png")}
+    assert names == {
+        "epoch_0001_rank_0_sample_00.png", "epoch_0001_rank_0_sample_01.png", "epoch_0002_rank_1_sample_00.png",
+    }  # fmt: skip
+    assert {row["file"] for row in read_manifest(tmp_path)} == names
+
+
 def test_a_line_break_in_a_prompt_does_not_break_the_manifest(tmp_path):
     rows = [row_of(0, prompt="two\nlines, \u2028 and \x85 too"), row_of(1, prompt="grün, 红")]
     write_review(tmp_path, paint(tmp_path, rows))

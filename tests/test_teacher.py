@@ -21,6 +21,7 @@ from models.teacher import (
     TeacherInfo,
     WanVelocity,
     default_guidance,
+    download_weights,
     encode_text,
     inspect_teacher,
     load_teacher,
@@ -315,6 +316,20 @@ def test_a_broken_connection(monkeypatch, error, reason):
 
     monkeypatch.setattr(models.teacher, "snapshot_download", snapshot_download)
     assert_refused("some/teacher", f"({reason})", "local folder")
+
+
+def test_weights_are_those_of_the_configs_that_were_read(random_pipeline_dir, tmp_path, monkeypatch):
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    shutil.copytree(random_pipeline_dir, snapshot)
+    asked = []
+
+    def snapshot_download(name, revision, allow_patterns):
+        asked.append(revision)
+        return str(snapshot)
+
+    monkeypatch.setattr(models.teacher, "snapshot_download", snapshot_download)
+    download_weights(inspect_teacher("some/teacher", "a-branch-that-moves"))
+    assert asked == ["a-branch-that-moves", "0123abc"]
 
 
 @pytest.mark.parametrize("name", ["WanImageToVideoPipeline", "WanVACEPipeline", "FluxPipeline"])

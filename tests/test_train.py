@@ -13,6 +13,10 @@ import torch
 from diffusers import WanPipeline
 from PIL import Image
 
+from config.config import load_config
+from distillation.objective import settings_of
+from train_distillation import write_run_facts
+
 ROOT = Path(__file__).parent.parent
 PROGRAM = str(ROOT / "train_distillation.py")
 PROMPTS = ["a cat", "a dog on a hill", "some bird", "a fish", "five green apples"]
@@ -144,3 +148,14 @@ def test_users_mistake_is_one_line_and_exit_code_2(random_pipeline_dir, tmp_path
         lines = done.stderr.strip().splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_overwriting_a_run_removes_its_own_pictures_alone(tmp_path, inside):
+    out = tmp_path / "out"
+    samples = out / "samples" if inside else tmp_path / "shared_samples"
+    samples.mkdir(parents=True)
+    (samples / "manifest.jsonl").touch()
+    argv = [*flags(tmp_path / "teacher", out), "--sample_dir", str(samples), "--overwrite_output_dir"]
+    write_run_facts(load_config(argv, settings_of), out)
+    assert samples.exists() != inside
