@@ -40,7 +40,7 @@ PALETTE = {
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
 BACKGROUNDS = ("white", "black", "gray", "pink", "yellow", "blue")
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-RADII = {"small": (7.5, 9.0), "large": (11.5, 13.5)}  # pixels
+RADII = {"small": (8.0, 9.0), "large": (12.0, 13.5)}  # pixels
 SIZE_THRESHOLD = 10.25
 REACH = 1.12  # no shape reaches farther from its centre than this many radii
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -56,7 +56,10 @@ PLACES = {
     "in the bottom right": (2, 2),
 }
 PLACE_CENTRES = (19.0, 32.0, 45.0)  # pixels, either axis
-JITTER = 2.5  # pixels, position within a place
+PAIR_CENTRE = 17.0  # pixels from its side of the picture, one of two things
+JITTER = 1.5  # pixels, position within a place, and towards or away from the other thing
+PAIR_JITTER = 2.0  # pixels, the other axis of a pair
+TILT = 4.0  # degrees
 
 # Combinations that no training picture or caption holds. The parts of each are common in training; together they
 # are new, so a held-out caption asks whether the teacher has learnt to compose.
@@ -222,20 +225,15 @@ def _centres(scene: Scene, radii: list[float], rng: random.Random) -> list[tuple
         column, row = PLACES[scene.where]
         jitter = [rng.uniform(-JITTER, JITTER) for _ in range(2)]
         return [(PLACE_CENTRES[column] + jitter[0], PLACE_CENTRES[row] + jitter[1])]
-    reach = [r * REACH for r in radii]
     dx, dy = RELATIONS[scene.where]
-    order = (0, 1) if dx + dy < 0 else (1, 0)  # which thing comes first along the axis
-    first, second = reach[order[0]], reach[order[1]]
-    slack = SIZE - 2 * (first + second) - 2  # pixels to share out before, between and after the two
-    cuts = sorted(rng.uniform(0, max(slack, 0.0)) for _ in range(2))
-    along = {order[0]: 1 + first + cuts[0], order[1]: 1 + 2 * first + second + cuts[1]}
-    # Across the axis the two may differ by up to half their distance, so that the relation stays plain.
-    distance = along[order[1]] - along[order[0]]
-    low = [r + 1 for r in reach]
-    across = [rng.uniform(low[0], SIZE - low[0])]
-    nearest, farthest = across[0] - distance / 2, across[0] + distance / 2
-    across.append(rng.uniform(max(low[1], nearest), min(SIZE - low[1], farthest)))
-    points = [(along[i], across[i]) for i in range(2)]
+    sides = (0, 1) if dx + dy < 0 else (1, 0)  # 0: the left or upper half
+    points = []
+    for side, radius in zip(sides, radii, strict=True):
+        # Each keeps to its own half, whole and apart from the other.
+        near, far = 1 + REACH * radius, SIZE / 2 - 0.5 - REACH * radius
+        inward = min(max(PAIR_CENTRE + rng.uniform(-JITTER, JITTER), near), far)
+        along = inward if side == 0 else SIZE - inward
+        points.append((along, SIZE / 2 + rng.uniform(-PAIR_JITTER, PAIR_JITTER)))
     return points if dx else [(b, a) for a, b in points]
 
 
@@ -248,7 +246,7 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     pixels = np.broadcast_to(shade(scene.background), (SIZE, SIZE, 3))  # (H, W, 3)
     radii = [rng.uniform(*RADII[t.size]) for t in scene.things]
     for thing, radius, centre in zip(scene.things, radii, _centres(scene, radii, rng), strict=True):
-        cover = coverage(thing.shape, centre, radius, math.radians(rng.uniform(-9, 9)))[..., None]
+        cover = coverage(thing.shape, centre, radius, math.radians(rng.uniform(-TILT, TILT)))[..., None]
         pixels = pixels * (1 - cover) + shade(thing.colour) * cover
     return Image.fromarray(np.round(pixels).astype(np.uint8))
 
@@ -630,7 +628,7 @@ def spoiled(scene: Scene, picture: Image.Image, rng: random.Random) -> dict[str,
     used = (scene.background, *(t.colour for t in scene.things))
     free = np.ones((SIZE, SIZE), bool)  # where a further shape covers none of the others
     free[:9], free[-9:], free[:, :9], free[:, -9:] = False, False, False, False
-    free &= ~_grow(_length(pixels - plain.astype(np.float32)) > 2 * JITTER, 9)
+    free &= ~_grow(_length(pixels - plain.astype(np.float32)) > 5, 9)
     spots = np.argwhere(free)
     row, column = spots[rng.randrange(len(spots))] if len(spots) else (9, 9)
     third = coverage(rng.choice(SHAPES), (column, row), rng.uniform(*RADII["small"]))[..., None]

@@ -5,8 +5,8 @@
     python benchmarks/quality.py              # how many captions the whole pipeline draws right
 
 It is Wan2.2-T2V-A14B in small: a causal video VAE, a UMT5 text encoder and two experts, trained on drawn scenes
-(`data/scenes.py`). First the VAE, then one transformer together with the text encoder over all t, then two copies of
-it, each in its own range of noise, with the text encoder frozen.
+(`data/scenes.py`). First the VAE; then the text encoder learns to read captions; then one transformer together with
+it over all t; then two copies of that, each in its own range of noise, with the text encoder frozen.
 """
 
 import argparse
@@ -25,7 +25,18 @@ from torch import nn
 from tqdm import tqdm
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-from data.scenes import BACKGROUNDS, COLOURS, PLACES, RADII, RELATIONS, SHAPES, draw, random_scenes
+from data.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    OPPOSITE,
+    PLACES,
+    RADII,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    draw,
+    random_scenes,
+)
 from models.flow import add_noise, shift_time
 from models.folding import MAX_SEQUENCE_LENGTH, fold_text, fold_text_attention, fold_time
 
@@ -38,9 +49,11 @@ TRANSFORMER = dict(
     num_attention_heads=4, attention_head_dim=48, ffn_dim=640, num_layers=6, freq_dim=128, text_dim=128,
     in_channels=16, out_channels=16,
 )  # fmt: skip
+STEPS = dict(vae=3000, vae_edges=6000, vae_smooth=2500, decoder=4000, text=600, base=12000, high=3000, low=16000)
 BANK = 80_000  # pictures whose latents the transformers learn from
-CAPTION_DROPOUT = 0.1
+CAPTION_DROPOUT = 0.15
 PADDING_GROWS = 0.3
+LOGIT_MIDDLE = 0.4
 
 
 # --------------------------------------------------------------------------------------------- parts, untrained
@@ -157,8 +170,8 @@ def restore(path: Path, parameters: dict, ema: dict, optimizer: torch.optim.Opti
 # --------------------------------------------------------------------------------------------- the three trainings
 
 
-def scene_bank(seed: int, count: int, work: Path) -> tuple[np.ndarray, list[str]]:
-    """`count` drawn training scenes, none held out: pictures (N, H, W, 3) uint8, and their captions."""
+def scene_bank(seed: int, count: int, work: Path) -> tuple[np.ndarray, list[Scene]]:
+    """`count` drawn training scenes, none held out: pictures (N, H, W, 3) uint8, and what they show."""
     scenes = random_scenes(count, seed, held_out=False, distinct=False)
     path = work / "pictures.npy"
     if not path.exists():
@@ -166,7 +179,7 @@ def scene_bank(seed: int, count: int, work: Path) -> tuple[np.ndarray, list[str]
         pictures = np.stack([np.asarray(draw(s, rng)) for s in tqdm(scenes, desc="drawing", mininterval=5)])
         np.save(path.with_suffix(".tmp.npy"), pictures)
         path.with_suffix(".tmp.npy").replace(path)
-    return np.load(path, mmap_mode="r"), [s.caption for s in scenes]
+    return np.load(path, mmap_mode="r"), scenes
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -179,16 +192,19 @@ def train_vae(vae: AutoencoderKLWan, pictures: np.ndarray, steps: dict[str, int]
 
     First absolute error in larger batches, for colours and places; then squared error in small ones, for sharp edges;
     then a stronger pull: latents that say less than they could are easier to learn, and a decoder that has seen them
-    noisy forgives a transformer's errors.
+    noisy forgives a transformer's errors. At last the decoder alone, on latents with all, some or none of their noise.
     """
 
-    def loss(batch_size: int, absolute: float, squared: float, pull: float):
+    def loss(batch_size: int, absolute: float, squared: float, pull: float, frozen_encoder: bool = False):
         def evaluate(step: int, generator: torch.Generator) -> torch.Tensor:
             indices = torch.randint(len(pictures), (batch_size,), generator=generator).sort().values
             x = to_tensor(pictures[indices.numpy()])
-            posterior = vae.encode(x).latent_dist
-            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
-            error = vae.decode(z).sample - x
+            with torch.set_grad_enabled(not frozen_encoder):
+                posterior = vae.encode(x).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator)
+            if frozen_encoder:
+                noise *= torch.rand(batch_size, 1, 1, 1, 1, generator=generator)
+            error = vae.decode(posterior.mean + posterior.std * noise).sample - x
             kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
             return absolute * error.abs().mean() + squared * error.square().mean() + pull * kl
 
@@ -197,6 +213,49 @@ def train_vae(vae: AutoencoderKLWan, pictures: np.ndarray, steps: dict[str, int]
     train("vae", {"vae": vae}, loss(16, 1.0, 1.0, 5e-4), steps["vae"], 1.5e-3, work, ema_decay=0.995)
     train("vae_edges", {"vae": vae}, loss(6, 0.2, 5.0, 2e-4), steps["vae_edges"], 1.2e-3, work, ema_decay=0.998)
     train("vae_smooth", {"vae": vae}, loss(6, 0.2, 5.0, 4e-3), steps["vae_smooth"], 8e-4, work, ema_decay=0.998)
+    decoder = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+    train("decoder", decoder, loss(6, 0.2, 5.0, 0, True), steps["decoder"], 8e-4, work, ema_decay=0.998)
+
+
+def thing_labels(scene: Scene) -> list[tuple[int, list[int]]]:
+    """What the text encoder is asked: (position of a word that describes a thing, that thing's labels), word by word.
+
+    A thing's labels are its size, colour, shape, and its place: one of nine alone, one of four sides beside another.
+    """
+    first_words, sides = [1], [len(PLACES) + i for i in range(4)]
+    if len(scene.things) == 2:
+        first_words.append(5 + len(scene.where.split()))  # "a small red star · left of · a large blue ring"
+        side = list(RELATIONS).index(scene.where)
+        places = [sides[side], sides[list(RELATIONS).index(OPPOSITE[scene.where])]]
+    else:
+        places = [list(PLACES).index(scene.where)]
+    labels = []
+    for thing, start, place in zip(scene.things, first_words, places, strict=True):
+        about = [list(RADII).index(thing.size), COLOURS.index(thing.colour), SHAPES.index(thing.shape), place]
+        labels += [(start + word, about) for word in range(3)]
+    return labels
+
+
+def train_text_encoder(
+    text_encoder: UMT5EncoderModel, tokens: dict[str, torch.Tensor], scenes: list[Scene], steps: int, work: Path
+) -> None:
+    """Reading, before drawing: each word about a thing learns to tell size, colour, shape and place of that thing.
+
+    A real teacher's UMT5 has read before, too. Left to the pictures alone, this small one never learnt which of two
+    things is to be on the left.
+    """
+    heads = nn.Linear(text_encoder.config.d_model, len(RADII) + len(COLOURS) + len(SHAPES) + len(PLACES) + 4)
+    sizes = [len(RADII), len(COLOURS), len(SHAPES), len(PLACES) + 4]
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        indices = torch.randint(len(scenes), (128,), generator=generator)
+        text = text_encoder(tokens["input_ids"][indices], tokens["attention_mask"][indices]).last_hidden_state
+        asked = [(row, word, about) for row, i in enumerate(indices) for word, about in thing_labels(scenes[i])]
+        rows, words, labels = (torch.tensor(column) for column in zip(*asked, strict=True))
+        answers = heads(text[rows, words]).split(sizes, dim=1)
+        return sum(F.cross_entropy(answer, labels[:, k]) for k, answer in enumerate(answers))
+
+    train("text", {"text_encoder": text_encoder, "heads": heads}, loss, steps, 1e-3, work)
 
 
 @torch.no_grad()
@@ -223,6 +282,20 @@ def latent_bank(vae: AutoencoderKLWan, pictures: np.ndarray, work: Path) -> torc
     return (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
 
 
+def noise_levels(u: torch.Tensor, t_range: tuple[float, float]) -> torch.Tensor:
+    """Times t in `t_range` for u, (B,), uniform in [0, 1].
+
+    Logit-normal (Esser et al. 2024, eq. 19), its middle at t = .6: shapes are decided between .4 and .8. Near pure
+    noise, where that falls to nothing, as a grid of shift FLOW_SHIFT is spread.
+    """
+    low, high = (torch.tensor(t, dtype=torch.float64) for t in t_range)
+    if t_range[1] == 1 and t_range[0] > 0.5:
+        ends = [t / (FLOW_SHIFT - (FLOW_SHIFT - 1) * t) for t in (low, high)]  # shift_time, inverted
+        return shift_time(ends[0] + (ends[1] - ends[0]) * u, FLOW_SHIFT).float()
+    ends = [torch.special.ndtr(torch.logit(t) - LOGIT_MIDDLE) for t in (low, high)]
+    return torch.sigmoid(torch.special.ndtri(ends[0] + (ends[1] - ends[0]) * u) + LOGIT_MIDDLE).float()
+
+
 def train_transformer(
     name: str,
     transformer: WanTransformer3DModel,
@@ -235,13 +308,12 @@ def train_transformer(
     work: Path,
     with_text_encoder: bool,
 ) -> None:
-    """Flow matching on the bank for t in `t_range`, spread as a grid of shift FLOW_SHIFT spreads it.
+    """Flow matching on the bank for t in `t_range`.
 
     Beside a text encoder that knows nothing yet, the padding grows from almost none to its full length over the first
     PADDING_GROWS of the steps: at full length 19 of 20 positions are padding, and the words would hardly be heard.
     """
     modules = {"transformer": transformer} | ({"text_encoder": text_encoder} if with_text_encoder else {})
-    u_range = [t / (FLOW_SHIFT - (FLOW_SHIFT - 1) * t) for t in t_range]  # shift_time, inverted
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         indices = torch.randint(len(latents), (64,), generator=generator)
@@ -254,11 +326,11 @@ def train_transformer(
         embeds = fold_text(text, mask.bool(), text.shape[1] + (MAX_SEQUENCE_LENGTH - text.shape[1]) ** grown)
         x0, noise = latents[indices], torch.randn(latents[indices].shape, generator=generator)
         # Stratified: the batch's times are spread evenly, which makes the loss and its gradient less noisy.
-        u = (torch.arange(64) + torch.rand(64, generator=generator)) / 64
-        t = shift_time(u_range[0] + (u_range[1] - u_range[0]) * u, FLOW_SHIFT)
+        t = noise_levels((torch.arange(64) + torch.rand(64, generator=generator)) / 64, t_range)
         v = transformer(add_noise(x0, noise, t), 1000 * t, embeds, return_dict=False)[0]
         return F.mse_loss(v, noise - x0)
 
+    transformer.compile()  # a fifth faster; in place, and saved weights keep their names
     train(name, modules, loss, steps, learning_rate, work)
 
 
@@ -275,9 +347,10 @@ def make(output: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     text_encoder, vae, transformer = build_text_encoder(tokenizer), build_vae(), build_transformer()
-    pictures, captions = scene_bank(seed, BANK, work)
+    pictures, scenes = scene_bank(seed, BANK, work)
     train_vae(vae, pictures, steps, work)
-    latents, tokens = latent_bank(vae, pictures, work), tokenize(tokenizer, captions)
+    latents, tokens = latent_bank(vae, pictures, work), tokenize(tokenizer, [scene.caption for scene in scenes])
+    train_text_encoder(text_encoder, tokens, scenes, steps["text"], work)
     shared = (text_encoder, tokens, latents)
     train_transformer("base", transformer, *shared, (0.0, 1.0), steps["base"], 1.5e-3, work, with_text_encoder=True)
     text_encoder.requires_grad_(False).eval()
@@ -285,7 +358,7 @@ def make(output: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     for name, t_range in {"high": (BOUNDARY_RATIO, 1.0), "low": (0.0, BOUNDARY_RATIO)}.items():
         experts[name] = build_transformer()
         experts[name].load_state_dict(transformer.state_dict())
-        train_transformer(name, experts[name], *shared, t_range, steps[name], 5e-4, work, with_text_encoder=False)
+        train_transformer(name, experts[name], *shared, t_range, steps[name], 1e-3, work, with_text_encoder=False)
     assemble(output, tokenizer, text_encoder, vae, experts["high"], experts["low"])
 
 
@@ -330,8 +403,7 @@ def main() -> None:
     if args.measure:
         print(f"VAE reconstruction of held-out scenes: {measure_vae(args.output):.1f} dB PSNR")
         return
-    steps = {"vae": 3000, "vae_edges": 6000, "vae_smooth": 2500, "base": 16000, "high": 1500, "low": 2500} | args.steps
-    make(args.output, args.work, steps, args.seed)
+    make(args.output, args.work, STEPS | args.steps, args.seed)
 
 
 if __name__ == "__main__":
