@@ -145,37 +145,26 @@ def broadcast_object(obj: Any, src: int = 0) -> Any:
     return box[0]
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on at least one rank; the same answer on all. Collective, cheap enough for each step."""
-    if _alone():
-        return flag
-    flags = torch.tensor(int(flag))
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags.item())
-
-
-def exchange_errors(error: str | None) -> str | None:
-    """Every rank's error as "rank 1: …; rank 3: …", or None where no rank had one; the same on all. Collective."""
-    errors = gather_objects(error)
-    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None) or None
-
-
 def together(work: Callable[..., T], *args: Any) -> T:
     """This rank's `work(*args)`; when it raises on one rank, all raise. Collective; `work` itself must not be.
 
     Raises:
-        What `work` raised, on the rank where it did; RuntimeError with that rank's words on the others.
+        What `work` raised, on the rank where it did; on the others a RuntimeError with that rank's words, or a
+        UserError where that is what it was.
     """
     result, error = None, None
     try:
         result = work(*args)
     except Exception as caught:  # kept until every rank has been told
         error = caught
-    failures = exchange_errors(None if error is None else f"{type(error).__name__}: {error}")
+    users_mistake = isinstance(error, UserError)
+    said = None if error is None else str(error) if users_mistake else f"{type(error).__name__}: {error}"
+    told = gather_objects((said, users_mistake))
     if error is not None:
         raise error
-    if failures is not None:
-        raise RuntimeError(failures)
+    failures = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in enumerate(told) if text is not None)
+    if failures:
+        raise (UserError if any(mistake for _, mistake in told) else RuntimeError)(failures)
     return result
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from distributed.process_group import Ranks, barrier, gather_objects
 from models.flow import TimeGrid, VelocityField
-from models.folding import fold_text
+from models.folding import fold_texts
 from models.vae import decode, to_pil
 from sampling.ddim import randn, rollout
 from sampling.review import write_review
@@ -106,7 +106,9 @@ class ParallelSampler:
         batch_size: int | None = None,
     ) -> None:
         self.vae, self.latent_shape, self.folder, self.ranks = vae, latent_shape, folder, ranks
-        self.batch_size = batch_size or DEFAULT_BATCH_SIZE
+        self.batch_size = self.decode_batch_size = batch_size or DEFAULT_BATCH_SIZE
+        # Decoding runs beside the next batch's drawing, not in its queue.
+        self._stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
 
     def draw(self, round_: Round, field: VelocityField, text: list[torch.Tensor]) -> list[Row]:
         """Draw a round. All ranks call it, each with the same round and the text (n, D) of all its prompts.
@@ -191,9 +193,7 @@ class ParallelSampler:
         """Latents (B, C, 1, H, W) of some prompts, each from its own generator."""
         generators = [torch.Generator().manual_seed(round_.seed + i) for i in indices]
         noise = randn(self.latent_shape, generators).to(self.ranks.device)
-        padded = torch.nn.utils.rnn.pad_sequence(text, batch_first=True).float()  # (B, L, D)
-        lengths = torch.tensor([len(t) for t in text])
-        embeds = fold_text(padded, torch.arange(padded.shape[1]) < lengths[:, None]).to(self.ranks.device)
+        embeds = fold_texts(text).to(self.ranks.device)
         latents = rollout(field, noise, round_.grid, embeds, round_.sampler, round_.eta, generators).latents
         if latents.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # an error of this batch shall show here, and its time be true
@@ -201,17 +201,30 @@ class ParallelSampler:
 
     @torch.no_grad()
     def _write(self, latents: torch.Tensor, rows: list[Row], seconds: float) -> int:
-        """Decode and write one batch (in the writer's thread); the number of pictures dealt with."""
+        """Decode and write one batch (in the writer's thread); the number of pictures dealt with.
+
+        What cannot be decoded is tried again in halves: memory may do for those, and one bad picture spoils no other.
+        """
+        size, error = self.decode_batch_size, None
+        if len(rows) > size:
+            parts = [slice(i, i + size) for i in range(0, len(rows), size)]
+            return sum(self._write(latents[part], rows[part], seconds) for part in parts)
         started = time.perf_counter()
         try:
-            decoded = decode(self.vae, latents)  # (B, 3, height, width)
-            finite = (latents.isfinite().flatten(1).all(1) & decoded.isfinite().flatten(1).all(1)).tolist()
-            pictures = to_pil(decoded)
-        except Exception as failure:  # recorded with its picture; the others are decoded without it
+            with torch.cuda.stream(self._stream):
+                pictures, finite = self._decode(latents)
+        except Exception as failure:  # recorded with its picture
+            error = f"{type(failure).__name__}: {failure}"
+            traceback.clear_frames(failure.__traceback__)  # they hold the tensors that did not fit
+            if isinstance(failure, torch.OutOfMemoryError):
+                self.decode_batch_size = -(-len(rows) // 2)
+        if error:
             if len(rows) == 1:
-                rows[0].error = f"{type(failure).__name__}: {failure}"
+                rows[0].error = error
                 return 1
-            return sum(self._write(latents[i : i + 1], rows[i : i + 1], seconds) for i in range(len(rows)))
+            torch.cuda.empty_cache()
+            half = -(-len(rows) // 2)
+            return sum(self._write(latents[part], rows[part], seconds) for part in (slice(half), slice(half, None)))
         seconds += (time.perf_counter() - started) / len(rows)
         for row, picture, good in zip(rows, pictures, finite, strict=True):
             row.seconds = round(seconds, 4)
@@ -224,6 +237,14 @@ class ParallelSampler:
             except Exception as failure:  # recorded with its picture; the others are written
                 row.error = f"{type(failure).__name__}: {failure}"
         return len(rows)
+
+    def _decode(self, latents: torch.Tensor) -> tuple[list[Image.Image], list[bool]]:
+        """The pictures of latents (B, C, 1, H, W), and which of them are finite."""
+        if self._stream is not None:
+            latents.record_stream(self._stream)
+        decoded = decode(self.vae, latents)  # (B, 3, height, width)
+        finite = latents.isfinite().flatten(1).all(1) & decoded.isfinite().flatten(1).all(1)
+        return to_pil(decoded), finite.tolist()
 
     def _row(self, round_: Round, index: int, number: int) -> Row:
         rank = self.ranks.rank

@@ -2,12 +2,15 @@
 
 import html
 import json
+import logging
 import math
 import os
 from collections import defaultdict
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+log = logging.getLogger(__name__)
 
 THUMBNAIL = 256  # pixels, the longer side, on a contact sheet
 SHEET_WIDTH = 1600  # pixels, at most
@@ -43,7 +46,22 @@ def read_manifest(folder: Path) -> list[dict]:
     if not path.exists():
         return []
     # Not splitlines: JSON leaves some characters as they are that it takes for line ends, such as U+2028.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except ValueError as error:  # somebody's edit; the rounds to come need a manifest all the same
+        broken = path.with_name("manifest.jsonl.broken")
+        path.replace(broken)
+        log.warning("%s: %s; moved to %s, and a new one is begun", path, error, broken.name)
+        return []
+
+
+def remove_rounds(folder: Path) -> None:
+    """Delete what rounds have left in the folder: the pictures that its manifest names, sheets, manifest and page."""
+    for row in read_manifest(folder):
+        (folder / Path(row["file"]).name).unlink(missing_ok=True)
+        (folder / f"{_prefix(row)}.png").unlink(missing_ok=True)
+    for name in ("manifest.jsonl", "index.html"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_contact_sheet(path: Path, folder: Path, rows: list[dict]) -> None:

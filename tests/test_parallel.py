@@ -276,10 +276,20 @@ def test_when_every_picture_fails_the_round_fails_and_says_why(vae, text, tmp_pa
     assert [row["ok"] for row in read_manifest(tmp_path)] == [False] * 5
 
 
-def test_a_broken_review_page_costs_no_pictures(vae, field, text, tmp_path, caplog):
-    (tmp_path / "manifest.jsonl").write_text("{half a li")
+def test_a_broken_review_page_costs_no_pictures(vae, field, text, tmp_path, caplog, monkeypatch):
+    def full_disk(folder, rows):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parallel, "write_review", full_disk)
     rows = sampler_in(tmp_path, vae).draw(ROUND, field, text)
     assert all(row.ok for row in rows) and "manifest and review page of epoch_0003" in caplog.text
+
+
+def test_a_broken_manifest_is_moved_aside(vae, field, text, tmp_path, caplog):
+    (tmp_path / "manifest.jsonl").write_text("{half a li")
+    rows = sampler_in(tmp_path, vae).draw(ROUND, field, text)
+    assert [row["file"] for row in read_manifest(tmp_path)] == [row.file for row in rows]
+    assert (tmp_path / "manifest.jsonl.broken").read_text() == "{half a li" and "moved to" in caplog.text
 
 
 def test_out_of_memory_halves_the_batch_for_good(reference, vae, field, text, tmp_path):
@@ -313,6 +323,28 @@ def test_what_did_not_fit_is_freed_before_the_next_try(vae, field, text, tmp_pat
 
     sampler_in(tmp_path, vae).draw(ROUND, small_gpu, text)
     assert freed == [True, True]
+
+
+def test_decoding_runs_out_of_memory_too(reference, vae, field, text, tmp_path, monkeypatch):
+    original, tried, held, freed = parallel.decode, [], [], []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(held[-1]() is None))
+
+    def decode(vae, latents):
+        activations = torch.zeros(len(latents))
+        tried.append(len(latents))
+        held.append(weakref.ref(activations))
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(vae, latents)
+
+    monkeypatch.setattr(parallel, "decode", decode)
+    sampler = sampler_in(tmp_path, vae, batch_size=8)
+    got, expected = pictures(tmp_path, sampler.draw(ROUND, field, text)), pictures(*reference)
+    assert sorted(got) == sorted(expected) and all(np.abs(got[i] - expected[i]).max() <= 1 for i in expected)
+    assert tried[0] == 5 and freed == [True] * len([n for n in tried if n > 2])
+    tried.clear()
+    sampler.draw(ROUND, field, text)
+    assert max(tried) <= 2 and sampler.batch_size == 8, "remembered, for decoding alone"
 
 
 def test_out_of_memory_for_a_single_picture_is_recorded(vae, text, tmp_path):
