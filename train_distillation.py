@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,7 +34,6 @@ from distillation.trained import Trained
 from distributed.process_group import (
     Ranks,
     barrier,
-    broadcast_object,
     check_launch,
     destroy,
     fail,
@@ -44,7 +44,7 @@ from distributed.sharding import wrap
 from models.export import DRAWING_FILE, StudentCard, check_export_target, export_student
 from models.flow import few_step_grid, few_step_scheduler
 from models.folding import MAX_SEQUENCE_LENGTH, fold_text_attention
-from models.student import build_student, describe_init
+from models.student import build_student, check_pixels, describe_init
 from models.teacher import (
     Teacher,
     TeacherInfo,
@@ -59,12 +59,26 @@ from models.teacher import (
 )
 from models.vae import load_vae
 from sampling.parallel import ParallelSampler, Round
+from sampling.review import remove_rounds
 
+PHASE_FIELDS = ("objective", "learning_rate", "lr_scheduler", "lr_warmup_steps", "num_steps")
+PLAIN_DDIM_STEPS = 10  # where a pipeline does not say how it draws
 PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @record  # leaves the failing rank's traceback where torchrun looks for it
 def main(argv: list[str]) -> None:
+    try:
+        run(argv)
+    except UserError as mistake:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(2)  # a mistake that rank 0 made too ends all ranks within this time, and is said once
+        print(f"{'' if rank == '0' else f'rank {rank}: '}error: {mistake}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
+def run(argv: list[str]) -> None:
     config = load_config(argv, settings_of)
     if config.run.multi_gpu and "RANK" not in os.environ:
         start_one_process_a_gpu(argv)
@@ -83,7 +97,7 @@ def main(argv: list[str]) -> None:
 def train(config: Config, ranks: Ranks) -> None:
     # What a user can get wrong is looked at first: configs and prompts are read, no weight is loaded.
     plan = make_plan(config, ranks)
-    prepare_output_folder(config, plan.info, ranks)
+    prepare_output_folder(config, plan, ranks)
     say(ranks, f"train_distillation.py\n{describe(plan, config, ranks)}")
 
     # The prompts to train on, those to draw, and the negative one: encoded once, split over the ranks, kept on disk.
@@ -124,6 +138,7 @@ def train(config: Config, ranks: Ranks) -> None:
         objective = build_objective(phase.objective, setup, phase.settings)
         trained = {"student": Trained(student, settings, phase, ranks, wrapped)}
         trained |= {name: Trained(network, settings, phase, ranks) for name, network in objective.networks().items()}
+        objective.use({name: network.wrapped for name, network in trained.items() if name != "student"})
         for _ in range(phase.steps):
             batches = [text.batch(next(prompts)) for _ in range(settings.gradient_accumulation_steps)]
             figures = optimization_step(objective, trained, batches, config.run.seed, step, plan.latent_shape, ranks)
@@ -139,7 +154,7 @@ def train(config: Config, ranks: Ranks) -> None:
                     sampler.draw(student_round(config, plan, step), sample_field, sample_text)
         # Rank 0 writes, and tells the others whether it worked.
         with ema.applied() if ema else nullcontext():
-            on_main(ranks, lambda step=step: export(config, plan, student, step))
+            on_main(ranks, lambda step=step: export(config, plan, student, step, ranks))
     progress.close()
     say(ranks, results(config, plan))
 
@@ -181,9 +196,7 @@ def encode_all(
     config: Config, info: TeacherInfo, prompts: list[str], dtype: torch.dtype, ranks: Ranks
 ) -> PromptEmbeddings:
     """Every prompt's text embedding, from disk where an earlier run left it. The text encoder is freed at the end."""
-    if ranks.local_rank == 0:
-        download_weights(info)
-    barrier()  # all ranks: one download a machine, and nobody reads half of one
+    download_weights(info)  # every rank asks: the hub's file locks let one of a machine's ranks fetch each file
     cache = Path(config.data.prompt_cache_dir or Path(config.run.output_dir) / "prompt_embeddings")
     key = encoder_key(info.folder / "text_encoder", info.folder / "tokenizer", dtype, MAX_SEQUENCE_LENGTH)
 
@@ -246,12 +259,16 @@ def teacher_round(config: Config, plan: Plan) -> Round:
 def draw_from_student(config: Config, ranks: Ranks) -> None:
     """--sample_only: pictures from a finished student's pipeline, on any number of ranks."""
     info = inspect_teacher(config.student.student_path, flow_shift=config.student.student_shift, flag="--student_path")
+    if info.boundary_ratio is not None:
+        raise UserError(f"--student_path {info.name}: has two experts; accepted is a student's pipeline")
     prompts = read_sample_prompts(config)
     drawing = json.loads((info.folder / DRAWING_FILE).read_text()) if (info.folder / DRAWING_FILE).exists() else {}
     height, width = config.student.height or drawing.get("height"), config.student.width or drawing.get("width")
     if not height or not width:
         raise UserError(f"--student_path {info.name}: has no {DRAWING_FILE}; give --height and --width in pixels")
-    num_steps = config.sampling.sample_steps or drawing.get("num_inference_steps") or config.student.student_steps
+    for flag, pixels in {"--height": height, "--width": width}.items():
+        check_pixels(flag, pixels, info.pixels_per_patch)
+    num_steps = config.sampling.sample_steps or drawing.get("num_inference_steps") or PLAIN_DDIM_STEPS
     dtype = resolve_dtype(config.teacher.teacher_dtype, ranks.device)
     text = encode_all(config, info, prompts, dtype, ranks)
     transformer = load_transformer(info.folder, "transformer", dtype).to(ranks.device)
@@ -259,12 +276,13 @@ def draw_from_student(config: Config, ranks: Ranks) -> None:
     round_ = Round(
         prompts=tuple(prompts),
         epoch=0,
-        step=0,
+        step=drawing.get("training_steps", 0),
         grid=few_step_grid(num_steps, info.flow_shift),
         shift=info.flow_shift,
         height=height,
         width=width,
         seed=config.sampling.sample_seed,
+        weights=drawing.get("weights", "raw"),
         sampler=config.sampling.sampler,
         eta=config.sampling.sample_eta,
     )
@@ -276,55 +294,71 @@ def draw_from_student(config: Config, ranks: Ranks) -> None:
 # ------------------------------------------------------------------------------------------------- before and after
 
 
-def prepare_output_folder(config: Config, info: TeacherInfo, ranks: Ranks) -> None:
-    """Make the folder and write the resolved settings into it. A folder that holds another run is refused."""
-    folder = Path(config.run.output_dir)
-    check_export_target(folder / "student", info.folder)
-    held = broadcast_object((folder / "config.json").exists())
-    if held and not config.run.overwrite_output_dir:
-        raise UserError(
-            f"--output_dir {folder}: holds another run; choose another folder, or pass --overwrite_output_dir to "
-            "replace it"
-        )
-    on_main(ranks, lambda: write_run_facts(config, folder))
+def prepare_output_folder(config: Config, plan: Plan, ranks: Ranks) -> None:
+    """Rank 0 makes the folder and writes the resolved settings into it. One that holds another run is refused."""
+    on_main(ranks, lambda: begin_run(config, plan))
 
 
-def write_run_facts(config: Config, folder: Path) -> None:
-    for name in ("metrics.jsonl", "config.json"):
-        (folder / name).unlink(missing_ok=True)
-    for left_over in (folder / "student", Path(config.sampling.sample_dir)):
-        ours = (left_over / "model_index.json").exists() or (left_over / "manifest.jsonl").exists()
-        # A --sample_dir elsewhere may hold other runs' pictures too.
-        if ours and left_over.resolve().is_relative_to(folder.resolve()):
-            shutil.rmtree(left_over)
+def begin_run(config: Config, plan: Plan) -> None:
+    folder, samples = Path(config.run.output_dir), Path(config.sampling.sample_dir)
+    check_export_target(folder / "student", plan.info.folder)
+    # A --sample_dir elsewhere may hold other runs' pictures too.
+    own_samples = samples.resolve().is_relative_to(folder.resolve())
+    left = [folder / "metrics.jsonl", folder / "student", *([samples / "manifest.jsonl"] if own_samples else [])]
+    if any(path.exists() for path in left):
+        if not config.run.overwrite_output_dir:
+            raise UserError(
+                f"--output_dir {folder}: holds another run; choose another folder, or pass --overwrite_output_dir to "
+                "replace it"
+            )
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        if own_samples:
+            remove_rounds(samples)
+        # The old student stays until the first export takes its place.
+    write_run_facts(config, plan, folder)
+
+
+def write_run_facts(config: Config, plan: Plan, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     facts = {
         "settings": config.to_dict(),
+        "resolved": plan.resolved(config),
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
         "commit": commit or None,
     }
     (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def export(config: Config, plan: Plan, student: WanTransformer3DModel, step: int) -> None:
+def export(config: Config, plan: Plan, student: WanTransformer3DModel, step: int, ranks: Ranks) -> None:
     """The student as a Diffusers pipeline in output_dir/student. Rank 0 only; no collective."""
+    sections = [section for section in config.to_dict().values() if isinstance(section, dict)]
+    settings = {name: value for section in sections for name, value in section.items()} | plan.resolved(config)
+    for name in PHASE_FIELDS:  # each phase has its own
+        settings.pop(name, None)
     card = StudentCard(
         teacher=plan.info.name,
-        command=["python", *sys.argv],
+        command=[*launcher(ranks), *sys.argv],
         objective=", then ".join(f"{p.objective} ({p.steps} steps)" for p in plan.phases),
         training_steps=step,
         num_inference_steps=len(plan.grid),
         height=plan.spec.height,
         width=plan.spec.width,
-        settings={
-            k: v for section in config.to_dict().values() if isinstance(section, dict) for k, v in section.items()
-        },
+        weights="ema" if config.optimization.use_ema else "raw",
+        settings=settings,
     )
     dtype = PRECISION[config.optimization.mixed_precision] or torch.float32
     folder = Path(config.run.output_dir) / "student"
     export_student(student, few_step_scheduler(plan.shift), plan.info.folder, folder, card, dtype)
+
+
+def launcher(ranks: Ranks) -> list[str]:
+    """What stands before the program's name on the command line that starts as many ranks."""
+    if not ranks.launched_by_torchrun:
+        return ["python"]
+    nodes = ranks.world_size // ranks.local_world_size
+    return ["torchrun", *([f"--nnodes={nodes}"] if nodes > 1 else []), f"--nproc_per_node={ranks.local_world_size}"]
 
 
 def results(config: Config, plan: Plan) -> str:
@@ -364,13 +398,8 @@ def start_one_process_a_gpu(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    rank = os.environ.get("RANK", "0")
     try:
         main(sys.argv[1:])
-    except UserError as mistake:
-        # Every rank reads the same flags and files; one line is enough unless it is another rank's own trouble.
-        print(f"{'' if rank == '0' else f'rank {rank}: '}error: {mistake}", file=sys.stderr, flush=True)
-        os._exit(2)
     except Exception as failure:
         traceback.print_exc()
         fail(f"{type(failure).__name__}: {failure}")

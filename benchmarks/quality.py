@@ -30,7 +30,7 @@ from tqdm import tqdm
 from config.errors import UserError
 from data.scenes import PALETTE, PLACES, RADII, RELATIONS, SHAPES, SIZE, parse_caption, random_scenes, read
 from models.export import DRAWING_FILE
-from models.folding import fold_text, fold_text_attention, fold_time
+from models.folding import fold_text_attention, fold_texts, fold_time
 from models.teacher import DTYPES, TeacherInfo, encode_text, inspect_teacher, resolve_dtype
 
 TEACHER_STEPS = (50, 4)
@@ -190,20 +190,13 @@ def folded_inputs(pipeline: WanPipeline, captions: list[str], guided: bool) -> C
     batches = [captions[i : i + ENCODING_BATCH] for i in range(0, len(captions), ENCODING_BATCH)]
     encoded = [embeds for batch in batches for embeds in encode_text(pipeline, batch)]  # (n, D) each
     device = pipeline.device
-    negative = fold(encode_text(pipeline, [""])).to(device) if guided else None
+    negative = fold_texts(encode_text(pipeline, [""])).to(device) if guided else None
 
     def inputs(indices: range) -> dict:
-        embeds = {"prompt_embeds": fold([encoded[i] for i in indices]).to(device)}
+        embeds = {"prompt_embeds": fold_texts([encoded[i] for i in indices]).to(device)}
         return embeds | ({"negative_prompt_embeds": negative.expand(len(indices), -1, -1)} if guided else {})
 
     return inputs
-
-
-def fold(texts: list[torch.Tensor]) -> torch.Tensor:
-    """Embeddings (n, D) of B prompts → (B, L + 4, D + 1)."""
-    padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).float()  # (B, L, D)
-    lengths = torch.tensor([len(text) for text in texts])
-    return fold_text(padded, torch.arange(padded.shape[1]) < lengths[:, None])
 
 
 # ------------------------------------------------------------------------------------------------------ measuring

@@ -42,22 +42,28 @@ DEFAULT_NUM_STEPS = 1000  # where neither steps nor epochs are given
 class TeacherConfig:
     """The teacher: a Diffusers Wan text-to-video pipeline."""
 
-    teacher_path: str | None = setting(None, "a pipeline's folder or hub id; required for training")
-    teacher_revision: str | None = setting(None, "branch, tag or commit on the hub")
+    teacher_path: str | None = setting(
+        None,
+        "a pipeline's folder or hub id; required for training",
+        aliases=("pretrained_teacher_model", "pretrained_model_name_or_path"),
+    )
+    teacher_revision: str | None = setting(None, "branch, tag or commit on the hub", aliases=("revision",))
     teacher_dtype: str = setting(
         "auto", "auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "float16", "bfloat16")
     )
     guidance_scale: float | None = setting(
-        None, "guidance of the high-noise expert, or the only one", bound=NOT_NEGATIVE
+        None, "of the high-noise expert, or the only one (default: 4 with two experts, else 5)", bound=NOT_NEGATIVE
     )
-    guidance_scale_2: float | None = setting(None, "guidance of the low-noise expert", bound=NOT_NEGATIVE)
+    guidance_scale_2: float | None = setting(
+        None, "of the low-noise expert (default: --guidance_scale where that is given, else 3)", bound=NOT_NEGATIVE
+    )
     flow_shift: float | None = setting(
         None, "shift of the teacher's timesteps; by default the pipeline's", bound=POSITIVE
     )
     negative_prompt: str = setting("", "what guidance leads away from")
     teacher_device_strategy: str = setting(
         "auto",
-        "replicate: whole on each rank's device; cpu: off the GPU, slowly",
+        "auto and replicate: whole on each rank's device; cpu: off the GPU, slowly",
         choices=("auto", "replicate", "cpu"),
         shorthand=("teacher_on_cpu", "cpu"),
     )
@@ -80,7 +86,9 @@ class DataConfig:
     """The prompts: all the data that there is."""
 
     data_path: str | None = setting(None, "a .txt file, a prompt a line, or .jsonl; required for training")
-    prompt_cache_dir: str | None = setting(None, "where encoded prompts are kept for the next run")
+    prompt_cache_dir: str | None = setting(
+        None, "where encoded prompts are kept for later runs (default: prompt_embeddings in output_dir)"
+    )
     dataloader_num_workers: int | None = setting(
         None, "accepted for older scripts, without effect", aliases=("num_workers",), bound=NOT_NEGATIVE
     )
@@ -90,7 +98,9 @@ class DataConfig:
 class OptimizationConfig:
     """Optimisation. A phase may have its own objective, length, learning rate, scheduler and warm-up."""
 
-    objective: str | None = setting(None, f"what to train, in one phase (default: {DEFAULT_OBJECTIVE})")
+    objective: str | None = setting(
+        None, f"a file of distillation/objectives, e.g. velocity, in one phase (default: {DEFAULT_OBJECTIVE})"
+    )
     learning_rate: float = setting(1e-5, "peak learning rate", aliases=("lr",), bound=POSITIVE)
     num_steps: int | None = setting(
         None,
@@ -100,13 +110,15 @@ class OptimizationConfig:
     )
     num_epochs: int | None = setting(None, "epochs", aliases=("num_train_epochs",), bound=AT_LEAST_ONE)
     steps_per_epoch: int | None = setting(None, "by default one pass over the prompts", bound=AT_LEAST_ONE)
-    train_batch_size: int = setting(4, "prompts a rank and forward", aliases=("batch_size",), bound=AT_LEAST_ONE)
+    train_batch_size: int = setting(
+        4, "prompts a rank, each several latents to the student", aliases=("batch_size",), bound=AT_LEAST_ONE
+    )
     gradient_accumulation_steps: int = setting(1, "forwards an optimizer step", bound=AT_LEAST_ONE)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", bound=POSITIVE)
     lr_scheduler: str = setting(
         "constant_with_warmup",
         "course of the learning rate",
-        choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+        choices=("constant", "constant_with_warmup", "linear", "cosine", "polynomial"),
     )
     lr_warmup_steps: int = setting(0, "steps until the peak", bound=NOT_NEGATIVE)
     adam_beta1: float = setting(0.9, "AdamW", bound=BELOW_ONE)
@@ -127,12 +139,14 @@ class SamplingConfig:
     sample_prompts: tuple[str, ...] = setting(
         (), "prompts, or one .txt or .jsonl file of them", aliases=("validation_prompts",)
     )
-    sample_interval: int = setting(1, "epochs between two rounds", bound=AT_LEAST_ONE)
+    sample_interval: int = setting(1, "epochs between two rounds", aliases=("validation_epochs",), bound=AT_LEAST_ONE)
     sample_dir: str | None = setting(None, "where pictures go (default: samples in output_dir)")
     sample_steps: int | None = setting(None, "steps a picture; by default the student's", bound=AT_LEAST_ONE)
     sample_eta: float = setting(0.0, "noise that ddim adds: 0 is deterministic", bound=UNIT)
     sampler: str = setting("ddim", "how a picture is drawn", choices=("ddim", "renoise"))
-    sample_batch_size: int | None = setting(None, "pictures at a time; by default as many as fit", bound=AT_LEAST_ONE)
+    sample_batch_size: int | None = setting(
+        None, "pictures at a time (default: 16); halved when memory runs out", bound=AT_LEAST_ONE
+    )
     sample_teacher: bool = setting(False, "draw the teacher's pictures once, to compare")
     sample_teacher_steps: int = setting(50, "steps of the teacher's pictures", bound=AT_LEAST_ONE)
     sample_only: bool = setting(False, "draw from --student_path, train nothing")
@@ -351,9 +365,11 @@ def require(config: Config, given: dict[str, Given]) -> None:
     sampling = config.sampling
     if not sampling.sample_only and config.student.student_path:
         raise UserError(f"{given['student_path'].source}: is for --sample_only; training starts from the teacher")
+    if sampling.sample_only and sampling.sample_teacher:
+        raise UserError("--sample_teacher: not with --sample_only, which draws the student alone; it is for training")
     if sampling.sample_only and not config.student.student_path:
         raise UserError("--student_path is missing: --sample_only needs a finished student, e.g. outputs/run/student")
-    if not config.teacher.teacher_path and (sampling.sample_teacher or not sampling.sample_only):
+    if not config.teacher.teacher_path and not sampling.sample_only:
         example = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
         raise UserError(f"--teacher_path is missing: give a Wan pipeline's folder or its hub id, e.g. {example}")
     if not config.data.data_path and not sampling.sample_only:
@@ -361,6 +377,8 @@ def require(config: Config, given: dict[str, Given]) -> None:
     if (sampling.save_samples or sampling.sample_only) and not sampling.sample_prompts:
         which = "--sample_only" if sampling.sample_only else "--save_samples"
         raise UserError(f'--sample_prompts is missing: {which} needs prompts, e.g. --sample_prompts "A cat" "A dog"')
+    if sampling.sampler == "renoise" and sampling.sample_eta:
+        raise UserError(f"{given['sample_eta'].source}: is for --sampler ddim; renoise adds all the noise there is")
     files = {
         "data_path": (config.data.data_path, "a .txt or .jsonl file of prompts"),
         "student_config": (config.student.student_config, "a JSON file"),

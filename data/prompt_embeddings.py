@@ -73,9 +73,6 @@ class PromptEmbeddings:
             self._open_parts[part] = safe_open(part, framework="pt")
         return self._open_parts[part].get_tensor(name)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open_parts": {}}  # each process (a spawned data worker) maps the files for itself
-
 
 def encode_prompts(
     prompts: list[str],

@@ -1,6 +1,5 @@
 """Endless, resumable, rank-sharded order of prompt indices."""
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -44,15 +43,6 @@ class PromptSampler(Iterator[list[int]]):
             seeds = np.random.SeedSequence([self.seed % 2**64, epoch])  # takes no negative numbers
             self._cached = epoch, np.argsort(np.random.PCG64(seeds).random_raw(self.num_prompts), kind="stable")
         return self._cached[1]
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the prompts so far: 0.0 at the start, 1.5 in the middle of the second."""
-        return self.consumed / self.num_prompts
-
-    def steps_per_epoch(self, accumulation: int = 1) -> int:
-        """Optimizer steps of `accumulation` micro-batches that it takes to see every prompt once, rounded up."""
-        return math.ceil(self.num_prompts / (self.batch_size * self.world_size * accumulation))
 
     def state_dict(self) -> dict[str, int]:
         """The same on all ranks, and good for another number of ranks or another batch size."""

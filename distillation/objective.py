@@ -76,6 +76,14 @@ class Objective:
         """Networks trained besides the student."""
         return {}
 
+    @staticmethod
+    def check(settings, student_steps: int) -> None:
+        """Raises UserError for settings that contradict each other. Called for all phases before weights are loaded."""
+
+    def use(self, wrapped: dict[str, nn.Module]) -> None:
+        """Takes `networks()` back as training calls them, wrapped for data parallelism: losses must go through these,
+        or gradients stay on their own rank."""
+
     def schedule(self, step: int) -> tuple[str, ...]:
         """The networks that this step updates, in order; each name is one optimizer update."""
         return ("student",)
@@ -107,11 +115,17 @@ def settings_of(name: str) -> type:
     return importlib.import_module(f"distillation.objectives.{name}").Settings
 
 
+def check_objective(name: str, settings: dict, student_steps: int) -> None:
+    """Raises UserError for an objective's settings that contradict each other or the student's steps."""
+    module = importlib.import_module(f"distillation.objectives.{name}")
+    module.Objective.check(module.Settings(**settings), student_steps)
+
+
 def build_objective(name: str, setup: Setup, settings: dict) -> Objective:
     module = importlib.import_module(f"distillation.objectives.{name}")
     return module.Objective(setup, module.Settings(**settings))
 
 
 def read_text(batch: Batch, like: Tensor) -> Tensor:
-    """A batch's text as networks read it, (B, L + 3, D + 1), on the device of `like`."""
+    """A batch's text as networks read it, (B, L + 4, D + 1), on the device of `like`."""
     return fold_text(batch.prompt_embeds.to(like.device).float(), batch.prompt_mask.to(like.device))

@@ -1,7 +1,7 @@
 """What follows from the flags and the config files, before any weight is loaded."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from config.config import Config, Phase
 from config.errors import UserError
 from data.prompts import read_prompts
+from distillation.objective import check_objective
 from distributed.process_group import Ranks
 from models.flow import TimeGrid, few_step_grid
 from models.student import StudentSpec, read_student_config
@@ -33,6 +34,21 @@ class Plan:
     binding_limit: str
     sample_interval: int
 
+    def resolved(self, config: Config) -> dict:
+        """What the settings leave to teacher and machine, as decided: for config.json and the model card."""
+        high, low = default_guidance(self.info, config.teacher.guidance_scale, config.teacher.guidance_scale_2)
+        return {
+            "guidance_scale": high,
+            "guidance_scale_2": low if self.info.boundary_ratio is not None else None,
+            "teacher_dtype": str(self.dtype).removeprefix("torch."),
+            "student_shift": self.shift,
+            "height": self.spec.height,
+            "width": self.spec.width,
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": self.total_steps,
+            "phases": [asdict(phase) for phase in self.phases],
+        }
+
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return self.info.latent_shape(self.spec.height, self.spec.width)
@@ -52,9 +68,11 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
     settings = config.optimization
     if settings.mixed_precision == "fp16" and ranks.device.type == "cpu":
         raise UserError("--mixed_precision fp16: a CPU cannot train in fp16; accepted here: no, bf16")
-    if config.teacher.teacher_dtype == "float16" and ranks.device.type == "cpu":
-        raise UserError("--teacher_dtype float16: a CPU cannot run it; accepted here: auto, float32, bfloat16")
     info = inspect_teacher(config.teacher.teacher_path, config.teacher.teacher_revision, config.teacher.flow_shift)
+    if config.teacher.guidance_scale_2 is not None and info.boundary_ratio is None:
+        raise UserError(f"--guidance_scale_2: {info.name} has one expert; accepted here: --guidance_scale")
+    for phase in config.phases:
+        check_objective(phase.objective, phase.settings, config.student.student_steps)
     shift = config.student.student_shift or info.flow_shift
     prompts = read_prompts(Path(config.data.data_path))
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size

@@ -66,6 +66,8 @@ class Progress:
 
     def _write(self, row: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            # JSON has no NaN and no infinity; fp16's first overflows, which the loss scaler answers, bring some.
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            file.write(json.dumps(finite) + "\n")
         speed = f"{row['samples_per_second']:.1f} prompts/s"
         self.bar.set_postfix_str(f"{row['objective']} loss {row['loss']:.4f}, lr {row['lr']:.2g}, {speed}")

@@ -32,6 +32,8 @@ class Trained:
             betas=(settings.adam_beta1, settings.adam_beta2),
             weight_decay=settings.adam_weight_decay,
             eps=settings.adam_epsilon,
+            # The default on a GPU, foreach, takes another copy of all weights while it steps.
+            fused=ranks.device.type == "cuda" or None,
         )
         self.lr_scheduler = get_scheduler(
             phase.lr_scheduler, self.optimizer, num_warmup_steps=phase.lr_warmup_steps, num_training_steps=phase.steps

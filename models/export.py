@@ -19,6 +19,7 @@ from config.errors import UserError
 from models.student import parameter_dtype
 
 DRAWING_FILE = "distillation.json"  # how the student draws; no file of a stock pipeline has a place for it
+DRAWING_KEYS = ("height", "width", "num_inference_steps", "training_steps", "weights")
 NAME_KEYS = ("_name_or_path", "name_or_path")  # where Diffusers and transformers note what they loaded
 
 
@@ -33,6 +34,7 @@ class StudentCard:
     num_inference_steps: int
     height: int  # pixels
     width: int
+    weights: str  # "ema" or "raw"
     settings: dict  # name → value, as resolved
     license: str = "apache-2.0"
 
@@ -71,7 +73,7 @@ def export_student(
     for part, entry in index.items():
         if isinstance(entry, list) and entry[0] is not None and not (new / part).exists():
             _link_folder(teacher_folder / part, new / part)
-    drawing = {name: getattr(card, name) for name in ("height", "width", "num_inference_steps")}
+    drawing = {name: getattr(card, name) for name in DRAWING_KEYS}
     _write_json(drawing, new / DRAWING_FILE)
     (new / "README.md").write_text(model_card(card), encoding="utf-8")
     _swap_in(new, output_dir)
@@ -213,7 +215,8 @@ Draws pictures of {card.width}×{card.height} pixels in {card.num_inference_step
 import torch
 from diffusers import WanPipeline
 
-pipe = WanPipeline.from_pretrained("path/to/this/folder", torch_dtype=torch.bfloat16).to("cuda")
+dtypes = {{"default": torch.bfloat16, "vae": torch.float32}}
+pipe = WanPipeline.from_pretrained("path/to/this/folder", torch_dtype=dtypes).to("cuda")
 images = pipe(
     "a prompt",
     num_frames=1,

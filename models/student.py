@@ -94,7 +94,7 @@ def read_student_config(
     for key, flag, default in zip(("height", "width"), (height, width), default_size, strict=True):
         source = f"--{key}" if flag is not None else f"{path}: {key}"
         value = flag if flag is not None else settings.get(key, default)
-        sizes.append(_pixels(source, value, math.lcm(PICTURE_MULTIPLE, pixels_per_patch)))
+        sizes.append(check_pixels(source, value, pixels_per_patch))
     return StudentSpec(*sizes, init_from, layers, config)
 
 
@@ -149,7 +149,9 @@ def _check_config(path: Path | None, config: dict, teacher: dict) -> None:
             raise UserError(f"{path}: {key} is {value!r}; it must be as in the teacher, {teacher[key]!r}, or left out")
 
 
-def _pixels(source: str, value: object, multiple: int) -> int:
+def check_pixels(source: str, value: object, pixels_per_patch: int) -> int:
+    """A picture's height or width, `value`. Raises UserError for what VAE and patches cannot make; names `source`."""
+    multiple = math.lcm(PICTURE_MULTIPLE, pixels_per_patch)
     if not _is_int(value, 1) or value % multiple:
         raise UserError(f"{source} is {value!r}; accepted are multiples of {multiple} pixels")
     return value

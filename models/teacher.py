@@ -99,7 +99,7 @@ def download_weights(info: TeacherInfo) -> None:
     if not Path(info.name).is_dir():
         # A snapshot's folder is named by its commit: a branch that has moved on since cannot mix two versions.
         commit = info.folder.name
-        _download(info.name, commit, ["*.json", "*.safetensors", "tokenizer/*"], "--teacher_path " + info.name)
+        _download(info.name, commit, ["*.json", "*.safetensors", "tokenizer/*"], f"the weights of {info.name}")
 
 
 def _download(name: str, revision: str | None, patterns: list[str], source: str) -> Path:
@@ -134,9 +134,11 @@ def _is_wan_model(config: Path) -> bool:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 on a GPU and float32 elsewhere."""
+    """ "auto" is bfloat16 on a GPU and float32 elsewhere. Raises UserError for float16 on a CPU."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name == "float16" and device.type == "cpu":
+        raise UserError("--teacher_dtype float16: a CPU cannot run it; accepted here: auto, float32, bfloat16")
     return DTYPES[name]
 
 
@@ -292,9 +294,10 @@ def load_text_pipeline(info: TeacherInfo, device: torch.device, dtype: torch.dty
 @torch.no_grad()
 def encode_text(pipeline: WanPipeline, prompts: list[str]) -> list[torch.Tensor]:
     """Embeddings of each prompt's real tokens, (n, D) on the CPU, by the pipeline's own `encode_prompt`."""
-    length = MAX_SEQUENCE_LENGTH
-    embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
     # encode_prompt gives no lengths; they are the tokenizer's, asked as it asks.
     cleaned = [prompt_clean(p) for p in prompts]
-    tokens = pipeline.tokenizer(cleaned, truncation=True, max_length=length, add_special_tokens=True)
-    return [e[: len(ids)].cpu() for e, ids in zip(embeds, tokens["input_ids"], strict=True)]
+    tokens = pipeline.tokenizer(cleaned, truncation=True, max_length=MAX_SEQUENCE_LENGTH, add_special_tokens=True)
+    lengths = [len(ids) for ids in tokens["input_ids"]]
+    # The encoder is told which tokens are padding, so less of it gives the same, many times faster.
+    embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=max(lengths))
+    return [e[:length].cpu() for e, length in zip(embeds, lengths, strict=True)]

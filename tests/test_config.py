@@ -298,7 +298,7 @@ def test_ranges(files, flag, accepted, refused):
         (["--teacher_path", "teacher", "--data_path", "data/no.txt"], "no such file"),
         (["--sample_only", "--sample_prompts", "A cat"], "--student_path is missing"),
         (["--sample_only", "--student_path", "s"], "--sample_prompts is missing"),
-        (["--sample_only", "--student_path", "s", "--sample_prompts", "A", "--sample_teacher"], "--teacher_path is"),
+        (["--sample_only", "--student_path", "s", "--sample_prompts", "A", "--sample_teacher"], "--sample_teacher:"),
     ],
 )
 def test_missing(files, argv, missing):

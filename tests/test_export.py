@@ -49,6 +49,7 @@ def card_of(folder: Path, **changes) -> StudentCard:
         num_inference_steps=4,
         height=64,
         width=64,
+        weights="ema",
         settings={"learning_rate": 1e-4, "teacher_path": folder, "phases": [{"data": str(folder / "prompts.txt")}]},
         **changes,
     )

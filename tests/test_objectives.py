@@ -6,7 +6,15 @@ from torch import nn
 
 from config.errors import UserError
 from data.prompt_embeddings import Batch
-from distillation.objective import Noise, Setup, build_objective, mix_seeds, objective_names, settings_of
+from distillation.objective import (
+    Noise,
+    Setup,
+    build_objective,
+    check_objective,
+    mix_seeds,
+    objective_names,
+    settings_of,
+)
 from models.flow import few_step_grid
 
 SHIFT, NUM_STEPS, SUBSTEPS, BATCH, LATENT = 3.0, 4, 3, 3, (2, 1, 2, 2)
@@ -159,10 +167,11 @@ def test_velocity_keeps_micro_batches_apart(teacher, student, batch):
         torch.testing.assert_close(x_t.flatten().sort().values, states.flatten().sort().values)
 
 
-def test_velocity_refuses_more_updates_than_states(teacher, student):
-    settings = {"teacher_substeps": SUBSTEPS, "updates_per_rollout": 13}
+def test_velocity_refuses_more_updates_than_states():
+    settings = {"teacher_substeps": SUBSTEPS, "updates_per_rollout": 12}
+    check_objective("velocity", settings, NUM_STEPS)
     with pytest.raises(UserError, match="updates_per_rollout 13.* 12 states"):
-        build_objective("velocity", Setup(teacher, student, GRID, SHIFT), settings)
+        check_objective("velocity", settings | {"updates_per_rollout": 13}, NUM_STEPS)
 
 
 # ------------------------------------------------------------------------------------------------ trajectory

@@ -58,17 +58,6 @@ def test_resume_with_other_prompts_is_refused():
         PromptSampler(12, 2, 0, 1, 0).load_state_dict(state)
 
 
-def test_epoch_and_steps_per_epoch():
-    sampler = PromptSampler(10, 2, 1, 2, seed=0)
-    assert sampler.epoch == 0
-    for _ in range(5):
-        next(sampler)
-    assert sampler.epoch == 2
-    assert sampler.steps_per_epoch() == 3  # 10 prompts, 4 a step
-    assert sampler.steps_per_epoch(accumulation=2) == 2
-    assert PromptSampler(3, 8, 0, 4, 0).steps_per_epoch(4) == 1
-
-
 @pytest.mark.parametrize("arguments", [(0, 1, 0, 1), (1, 0, 0, 1), (1, 1, 1, 1)])
 def test_impossible_arguments(arguments):
     with pytest.raises(ValueError, match="num_prompts="):

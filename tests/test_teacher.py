@@ -398,4 +398,6 @@ def test_default_guidance(boundary_ratio, given, expected):
 def test_auto_dtype():
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert resolve_dtype("auto", CPU) == torch.float32
-    assert resolve_dtype("float16", CPU) == torch.float16
+    assert resolve_dtype("float16", torch.device("cuda")) == torch.float16
+    with pytest.raises(UserError, match="--teacher_dtype float16"):
+        resolve_dtype("float16", CPU)

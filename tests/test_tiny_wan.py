@@ -1,4 +1,4 @@
-"""The embedded teacher in the repository: what it is, and that it draws what it is told."""
+"""The embedded teacher in the repository: what it is."""
 
 import json
 from pathlib import Path
@@ -35,6 +35,11 @@ def test_carries_no_path_of_a_machine():
 def test_tokenizer_on_disk_is_the_one_in_the_code(pipeline):
     caption = "a small red star left of a large blue ring on a yellow background; Ünusual words, 7"
     assert pipeline.tokenizer(caption).input_ids == build_tokenizer()(caption).input_ids
+
+
+def test_experts_differ(pipeline):
+    high, low = pipeline.transformer.state_dict(), pipeline.transformer_2.state_dict()
+    assert high.keys() == low.keys() and not all(high[name].equal(low[name]) for name in high)
 
 
 def test_vae_gives_pictures_back():

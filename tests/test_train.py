@@ -14,8 +14,11 @@ from diffusers import WanPipeline
 from PIL import Image
 
 from config.config import load_config
+from config.errors import UserError
 from distillation.objective import settings_of
-from train_distillation import write_run_facts
+from distillation.plan import make_plan
+from distributed.process_group import Ranks
+from train_distillation import begin_run
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = str(ROOT / "train_distillation.py")
@@ -150,12 +153,71 @@ def test_users_mistake_is_one_line_and_exit_code_2(random_pipeline_dir, tmp_path
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.torchrun
+def test_users_mistake_under_torchrun_is_said_once(random_pipeline_dir, tmp_path):
+    done = torchrun(PROGRAM, *flags(random_pipeline_dir, tmp_path / "out", "--width", "40"))
+    assert done.returncode != 0
+    # torchrun adds its own summary, and ends with its own code; the ranks say it once, without a traceback.
+    assert done.stderr.count("--width is 40") == 1 and "exitcode  : 2" in done.stderr, done.stderr
+    assert "UserError" not in done.stderr
+
+
+def test_phases_run_one_after_the_other(random_pipeline_dir, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    phase = '[[phase]]\nobjective = "{}"\nsteps = {}\nlearning_rate = {}\n'
+    recipe.write_text(phase.format("velocity", 2, 1e-3) + phase.format("trajectory", 3, 5e-4))
+    argv = flags(random_pipeline_dir, tmp_path / "out", "--config", str(recipe), "--gradient_accumulation_steps", "2")
+    for flag in ("--num_steps", "--lr"):
+        del argv[(i := argv.index(flag)) : i + 2]
+    done = run(PROGRAM, *argv)
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(tmp_path / "out" / "metrics.jsonl")
+    assert [(row["step"], row["phase"], row["objective"], row["lr"]) for row in rows] == [
+        (1, 1, "velocity", 1e-3), (2, 1, "velocity", 1e-3),
+        (3, 2, "trajectory", 5e-4), (4, 2, "trajectory", 5e-4), (5, 2, "trajectory", 5e-4),
+    ]  # fmt: skip
+    facts = json.loads((tmp_path / "out" / "config.json").read_text())["resolved"]
+    assert [phase["learning_rate"] for phase in facts["phases"]] == [1e-3, 5e-4] and facts["guidance_scale"] == 4
+
+
+def test_phases_are_checked_before_the_first_one_runs(random_pipeline_dir, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        '[[phase]]\nobjective = "trajectory"\nsteps = 1\n'
+        '[[phase]]\nobjective = "velocity"\nsteps = 1\nupdates_per_rollout = 17\n'
+    )
+    argv = flags(random_pipeline_dir, tmp_path / "out", "--config", str(recipe))
+    del argv[(i := argv.index("--num_steps")) : i + 2]
+    with pytest.raises(UserError, match="updates_per_rollout 17.* 16 states"):
+        plan_of(argv)
+
+
+def plan_of(argv: list[str]):
+    config = load_config(argv, settings_of)
+    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
+    return config, make_plan(config, ranks)
+
+
+def test_two_experts_are_no_student(random_pipeline_dir, tmp_path):
+    student = ["--sample_only", "--student_path", str(random_pipeline_dir), "--output_dir", str(tmp_path)]
+    done = run(PROGRAM, *student, "--sample_prompts", "a cat")
+    assert done.returncode == 2 and "has two experts" in done.stderr
+
+
 @pytest.mark.parametrize("inside", [True, False])
-def test_overwriting_a_run_removes_its_own_pictures_alone(tmp_path, inside):
+def test_another_run_s_results_go_only_when_asked(random_pipeline_dir, tmp_path, inside):
     out = tmp_path / "out"
     samples = out / "samples" if inside else tmp_path / "shared_samples"
     samples.mkdir(parents=True)
-    (samples / "manifest.jsonl").touch()
-    argv = [*flags(tmp_path / "teacher", out), "--sample_dir", str(samples), "--overwrite_output_dir"]
-    write_run_facts(load_config(argv, settings_of), out)
-    assert samples.exists() != inside
+    drawn, own = samples / "epoch_0001_rank_0_sample_00.png", samples / "my_notes.txt"
+    for path in (drawn, own, out / "student" / "model_index.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (samples / "manifest.jsonl").write_text(json.dumps({"file": drawn.name}) + "\n")
+    argv = flags(random_pipeline_dir, out, "--sample_dir", str(samples))
+    with pytest.raises(UserError, match="holds another run"):
+        begin_run(*plan_of(argv))
+    assert drawn.exists() and not (out / "config.json").exists()
+    begin_run(*plan_of([*argv, "--overwrite_output_dir"]))
+    assert drawn.exists() != inside, "pictures outside the output folder may be another run's"
+    assert own.exists() and (out / "student" / "model_index.json").exists() and (out / "config.json").exists()

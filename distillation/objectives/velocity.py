@@ -33,12 +33,16 @@ class Objective(objective.Objective):
     def __init__(self, setup: objective.Setup, settings: Settings) -> None:
         super().__init__(setup, settings)
         self.grid = refine_grid(setup.grid, settings.teacher_substeps, setup.shift)
-        if settings.updates_per_rollout > len(self.grid):
+        self._pairs: dict[int, list[tuple]] = {}  # by micro-batch: what its rollout left for the step's later updates
+
+    @staticmethod
+    def check(settings: Settings, student_steps: int) -> None:
+        states = student_steps * settings.teacher_substeps
+        if settings.updates_per_rollout > states:
             raise UserError(
-                f"updates_per_rollout {settings.updates_per_rollout}: a teacher's rollout has {len(self.grid)} states "
+                f"updates_per_rollout {settings.updates_per_rollout}: a teacher's rollout has {states} states "
                 "(student steps × teacher_substeps), one at least for each update"
             )
-        self._pairs: dict[int, list[tuple]] = {}  # by micro-batch: what its rollout left for the step's later updates
 
     def schedule(self, step: int) -> tuple[str, ...]:
         return ("student",) * self.settings.updates_per_rollout
