@@ -49,6 +49,7 @@ from models.teacher import (
     Teacher,
     TeacherInfo,
     WanVelocity,
+    check_weights,
     download_weights,
     encode_text,
     inspect_teacher,
@@ -261,6 +262,7 @@ def draw_from_student(config: Config, ranks: Ranks) -> None:
     info = inspect_teacher(config.student.student_path, flow_shift=config.student.student_shift, flag="--student_path")
     if info.boundary_ratio is not None:
         raise UserError(f"--student_path {info.name}: has two experts; accepted is a student's pipeline")
+    check_weights(info, flag="--student_path")
     prompts = read_sample_prompts(config)
     drawing = json.loads((info.folder / DRAWING_FILE).read_text()) if (info.folder / DRAWING_FILE).exists() else {}
     height, width = config.student.height or drawing.get("height"), config.student.width or drawing.get("width")

@@ -387,8 +387,14 @@ def require(config: Config, given: dict[str, Given]) -> None:
     for name, (path, accepted) in files.items():
         if path and not Path(path).is_file():
             raise UserError(f"{given[name].source}: no such file; give {accepted}")
-    if Path(config.run.output_dir).is_file():
-        raise UserError(f"{given['output_dir'].source}: is a file; give a folder")
+    folders = {
+        "output_dir": config.run.output_dir,
+        "sample_dir": sampling.sample_dir,
+        "prompt_cache_dir": config.data.prompt_cache_dir,
+    }
+    for name, folder in folders.items():
+        if folder and Path(folder).is_file():
+            raise UserError(f"{given[name].source}: is a file; give a folder")
 
 
 def resolve_defaults(config: Config, num_epochs: int | None) -> Config:

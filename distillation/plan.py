@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from diffusers import WanTransformer3DModel
 
 from config.config import Config, Phase
 from config.errors import UserError
@@ -13,7 +14,7 @@ from distillation.objective import check_objective
 from distributed.process_group import Ranks
 from models.flow import TimeGrid, few_step_grid
 from models.student import StudentSpec, read_student_config
-from models.teacher import TeacherInfo, default_guidance, inspect_teacher, resolve_dtype
+from models.teacher import TeacherInfo, check_weights, default_guidance, inspect_teacher, resolve_dtype
 from sampling.parallel import share
 
 
@@ -69,6 +70,7 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
     if settings.mixed_precision == "fp16" and ranks.device.type == "cpu":
         raise UserError("--mixed_precision fp16: a CPU cannot train in fp16; accepted here: no, bf16")
     info = inspect_teacher(config.teacher.teacher_path, config.teacher.teacher_revision, config.teacher.flow_shift)
+    check_weights(info)
     if config.teacher.guidance_scale_2 is not None and info.boundary_ratio is None:
         raise UserError(f"--guidance_scale_2: {info.name} has one expert; accepted here: --guidance_scale")
     for phase in config.phases:
@@ -82,7 +84,7 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
     phases = config.phases
     if len(phases) == 1:
         phases = (replace(phases[0], steps=total_steps),)
-    return Plan(
+    plan = Plan(
         info=info,
         spec=read_spec(config, info),
         prompts=prompts,
@@ -96,6 +98,38 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
         binding_limit=binding_limit,
         sample_interval=config.sampling.sample_interval,
     )
+    check_memory(config, plan, ranks.device)
+    return plan
+
+
+def memory_needed(config: Config, plan: Plan) -> dict[str, float]:
+    """GB (10⁹ bytes) that each rank's device must hold, by part. Without activations and text: a lower bound."""
+
+    def billions(transformer_config: dict) -> float:
+        with torch.device("meta"):
+            network = WanTransformer3DModel.from_config(transformer_config)
+        return sum(p.numel() for p in network.parameters()) / 1e9
+
+    student = billions(plan.spec.transformer_config)
+    # Float32 weights, gradients, and AdamW's two moments; the average is one more copy of the weights.
+    needed = {"student and AdamW": student * (20 if config.optimization.use_ema else 16)}
+    if config.teacher.teacher_device_strategy != "cpu":
+        teacher = sum(billions(c) for c in plan.info.transformer_configs.values())
+        needed["teacher"] = teacher * plan.dtype.itemsize
+    return needed
+
+
+def check_memory(config: Config, plan: Plan, device: torch.device) -> None:
+    """Raises UserError where weights and optimizer alone exceed the GPU."""
+    if device.type != "cuda":
+        return
+    needed, there = memory_needed(config, plan), torch.cuda.get_device_properties(device).total_memory / 1e9
+    if sum(needed.values()) > there:
+        parts = " and ".join(f"{name} {size:.0f} GB" for name, size in needed.items())
+        raise UserError(
+            f"--teacher_path {plan.info.name}: each rank needs {parts}, besides activations, and this GPU has "
+            f"{there:.0f} GB; lower num_layers in --student_config, take a smaller teacher, or --teacher_on_cpu (slow)"
+        )
 
 
 def read_spec(config: Config, info: TeacherInfo) -> StudentSpec:
@@ -146,6 +180,8 @@ def describe(plan: Plan, config: Config, ranks: Ranks) -> str:
         "prompts": f"{len(plan.prompts)} from {config.data.data_path}",
         "batch": f"{batch} prompts a step = {settings.train_batch_size} a rank × {ranks.world_size} ranks × "
         f"{settings.gradient_accumulation_steps} accumulated",
+        "memory": " + ".join(f"{name} {size:.3g} GB" for name, size in memory_needed(config, plan).items())
+        + " a rank, besides activations",
         "trains": phases,
         "ends": f"after {plan.total_steps} steps ({plan.binding_limit} binds), "
         f"{plan.epoch_of(plan.total_steps)} epochs of {plan.steps_per_epoch} steps",

@@ -94,6 +94,15 @@ def inspect_teacher(
     )
 
 
+def check_weights(info: TeacherInfo, flag: str = "--teacher_path") -> None:
+    """Raises UserError where a local pipeline's folder holds configs without weights. Nothing heavy is read."""
+    if not Path(info.name).is_dir():  # on the hub, and fetched later
+        return
+    for part in (*info.transformer_configs, "text_encoder", "vae"):
+        if not list((info.folder / part).glob("*.safetensors")):
+            raise UserError(f"{flag} {info.name}: no weights in {part}; *.safetensors files are needed there")
+
+
 def download_weights(info: TeacherInfo) -> None:
     """Fetch a hub teacher's weights into the hub's cache; nothing to do for a local folder."""
     if not Path(info.name).is_dir():

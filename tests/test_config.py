@@ -229,6 +229,8 @@ def test_to_dict_is_json(files):
         (["--student_config", "config/no.json"], ['--student_config "config/no.json"', "no such file"]),
         (["--sample_prompts", "no.txt"], ["--sample_prompts", "no.txt", "no such file"]),
         (["--output_dir", "data/static_prompts.txt"], ["--output_dir", "is a file"]),
+        (["--sample_dir", "data/static_prompts.txt"], ["--sample_dir", "is a file"]),
+        (["--prompt_cache_dir", "data/static_prompts.txt"], ["--prompt_cache_dir", "is a file"]),
         (["--config", "no.toml"], ["--config no.toml", "cannot be read"]),
     ],
 )

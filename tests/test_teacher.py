@@ -20,6 +20,7 @@ from models.teacher import (
     Teacher,
     TeacherInfo,
     WanVelocity,
+    check_weights,
     default_guidance,
     download_weights,
     encode_text,
@@ -259,6 +260,16 @@ def test_text_is_the_pipeline_s_own(two_experts):
 
 
 # ------------------------------------------------------------------------------------------------ inspection
+
+
+@pytest.mark.parametrize("part", ["transformer_2", "text_encoder", "vae"])
+def test_configs_without_weights(random_pipeline_dir, tmp_path, part):
+    folder = Path(shutil.copytree(random_pipeline_dir, tmp_path / "teacher"))
+    check_weights(inspect_teacher(str(folder)))
+    for file in (folder / part).glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    with pytest.raises(UserError, match=f"--teacher_path {folder}: no weights in {part}; .*safetensors"):
+        check_weights(inspect_teacher(str(folder)))
 
 
 def test_info_of_each_family(random_pipeline_dir, random_single_pipeline_dir, random_ti2v_pipeline_dir):

@@ -5,18 +5,20 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
 from PIL import Image
 
 from config.config import load_config
 from config.errors import UserError
 from distillation.objective import settings_of
-from distillation.plan import make_plan
+from distillation.plan import check_memory, make_plan, memory_needed
 from distributed.process_group import Ranks
 from train_distillation import begin_run
 
@@ -196,6 +198,21 @@ def plan_of(argv: list[str]):
     config = load_config(argv, settings_of)
     ranks = Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
     return config, make_plan(config, ranks)
+
+
+def test_what_no_gpu_can_hold_is_refused_with_the_sum(random_pipeline_dir, tmp_path, monkeypatch):
+    config, plan = plan_of([*flags(random_pipeline_dir, tmp_path / "out"), "--use_ema"])
+    student = WanTransformer3DModel.from_pretrained(random_pipeline_dir, subfolder="transformer_2")
+    parameters = sum(p.numel() for p in student.parameters())
+    needed = memory_needed(config, plan)
+    assert needed == pytest.approx({"student and AdamW": 20e-9 * parameters, "teacher": 8e-9 * parameters})
+    for there, fits in {27.9e-9: False, 28.1e-9: True}.items():
+        card = SimpleNamespace(total_memory=there * parameters * 1e9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        with (
+            nullcontext() if fits else pytest.raises(UserError, match="each rank needs student and AdamW .* --teacher")
+        ):
+            check_memory(config, plan, torch.device("cuda"))
 
 
 def test_two_experts_are_no_student(random_pipeline_dir, tmp_path):
