@@ -22,7 +22,7 @@ import transformers
 from diffusers import WanTransformer3DModel
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from config.config import Config, load_config
+from config.config import PHASE_SETTINGS, Config, load_config
 from config.errors import UserError
 from data.prompt_embeddings import PromptEmbeddings, encode_prompts, encoder_key
 from data.sampler import PromptSampler
@@ -62,7 +62,6 @@ from models.vae import load_vae
 from sampling.parallel import ParallelSampler, Round
 from sampling.review import remove_rounds
 
-PHASE_FIELDS = ("objective", "learning_rate", "lr_scheduler", "lr_warmup_steps", "num_steps")
 PLAIN_DDIM_STEPS = 10  # where a pipeline does not say how it draws
 PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -98,7 +97,7 @@ def run(argv: list[str]) -> None:
 def train(config: Config, ranks: Ranks) -> None:
     # What a user can get wrong is looked at first: configs and prompts are read, no weight is loaded.
     plan = make_plan(config, ranks)
-    prepare_output_folder(config, plan, ranks)
+    on_main(ranks, lambda: begin_run(config, plan))
     say(ranks, f"train_distillation.py\n{describe(plan, config, ranks)}")
 
     # The prompts to train on, those to draw, and the negative one: encoded once, split over the ranks, kept on disk.
@@ -109,8 +108,7 @@ def train(config: Config, ranks: Ranks) -> None:
     # Teacher and student. One seed for weights: what is fresh in the student is alike on every rank.
     torch.manual_seed(config.run.seed)
     teacher_device = torch.device("cpu") if config.teacher.teacher_device_strategy == "cpu" else ranks.device
-    guidance = (config.teacher.guidance_scale, config.teacher.guidance_scale_2)
-    teacher = load_teacher(plan.info, teacher_device, plan.dtype, text[len(all_prompts) - 1], *guidance)
+    teacher = load_teacher(plan.info, teacher_device, plan.dtype, text[len(all_prompts) - 1], *plan.guidance)
     student = make_student(config, plan, teacher, ranks)
     wrapped = wrap(student, ranks)
     barrier()  # all ranks: the first all-reduce is not started while a slower rank still reads weights
@@ -296,12 +294,11 @@ def draw_from_student(config: Config, ranks: Ranks) -> None:
 # ------------------------------------------------------------------------------------------------- before and after
 
 
-def prepare_output_folder(config: Config, plan: Plan, ranks: Ranks) -> None:
-    """Rank 0 makes the folder and writes the resolved settings into it. One that holds another run is refused."""
-    on_main(ranks, lambda: begin_run(config, plan))
-
-
 def begin_run(config: Config, plan: Plan) -> None:
+    """Make the output folder and write the resolved settings into it; one that holds another run is refused.
+
+    Rank 0 only; no collective.
+    """
     folder, samples = Path(config.run.output_dir), Path(config.sampling.sample_dir)
     check_export_target(folder / "student", plan.info.folder)
     # A --sample_dir elsewhere may hold other runs' pictures too.
@@ -326,7 +323,7 @@ def write_run_facts(config: Config, plan: Plan, folder: Path) -> None:
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     facts = {
         "settings": config.to_dict(),
-        "resolved": plan.resolved(config),
+        "resolved": plan.resolved(),
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
         "commit": commit or None,
     }
@@ -336,8 +333,8 @@ def write_run_facts(config: Config, plan: Plan, folder: Path) -> None:
 def export(config: Config, plan: Plan, student: WanTransformer3DModel, step: int, ranks: Ranks) -> None:
     """The student as a Diffusers pipeline in output_dir/student. Rank 0 only; no collective."""
     sections = [section for section in config.to_dict().values() if isinstance(section, dict)]
-    settings = {name: value for section in sections for name, value in section.items()} | plan.resolved(config)
-    for name in PHASE_FIELDS:  # each phase has its own
+    settings = {name: value for section in sections for name, value in section.items()} | plan.resolved()
+    for name in ("num_steps", *(setting.name for setting in PHASE_SETTINGS)):  # each phase has its own
         settings.pop(name, None)
     card = StudentCard(
         teacher=plan.info.name,

@@ -27,6 +27,7 @@ from diffusers import WanPipeline
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from benchmarks.arguments import at_least_one
 from config.errors import UserError
 from data.scenes import PALETTE, PLACES, RADII, RELATIONS, SHAPES, SIZE, parse_caption, random_scenes, read
 from models.export import DRAWING_FILE
@@ -292,15 +293,6 @@ def write_grid(path: Path, rows: list[Measured], captions: list[str]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- command line
-
-
-def at_least_one(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
-
-
-at_least_one.__name__ = "whole number from 1 on"  # argparse's errors name the type
 
 
 def build_parser() -> argparse.ArgumentParser:

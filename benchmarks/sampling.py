@@ -36,6 +36,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from PIL import Image
 
+from benchmarks.arguments import at_least_one
 from config.errors import UserError
 from data.scenes import random_scenes
 from distributed.process_group import Ranks, barrier, destroy, gather_objects, init_process_group
@@ -250,15 +251,6 @@ def pixels(path: Path) -> np.ndarray:
 
 
 # -------------------------------------------------------------------------------------------------- command line
-
-
-def at_least_one(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
-
-
-at_least_one.__name__ = "whole number from 1 on"  # argparse's errors name the type
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -36,6 +36,11 @@ def read_prompts(path: str | Path) -> list[str]:
     return distinct
 
 
+def holds_half_character(text: str) -> bool:
+    """Whether half of a surrogate pair stands alone in `text`, as JSON and undecodable arguments bring: not UTF-8."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _read_lines(path: Path) -> list[tuple[int, str]]:
     """Lines that are not blank, with their numbers from 1."""
     if path.is_dir():
@@ -82,6 +87,6 @@ def _json_prompt(line: str, where: str) -> str:
         raise UserError(f'{where}: "prompt" is {json.dumps(prompt)[:80]}; accepted is a string')
     if not prompt.strip():
         raise UserError(f'{where}: "prompt" is empty')
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
+    if holds_half_character(prompt):
         raise UserError(f'{where}: "prompt" holds half of a surrogate pair, which is no character')
     return prompt.strip()

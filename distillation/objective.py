@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -112,18 +113,22 @@ def settings_of(name: str) -> type:
     if name not in objective_names():
         accepted = ", ".join(objective_names())
         raise UserError(f"expected one of {accepted}{nearest(name, objective_names())}")
-    return importlib.import_module(f"distillation.objectives.{name}").Settings
+    return _file_of(name).Settings
 
 
 def check_objective(name: str, settings: dict, student_steps: int) -> None:
     """Raises UserError for an objective's settings that contradict each other or the student's steps."""
-    module = importlib.import_module(f"distillation.objectives.{name}")
-    module.Objective.check(module.Settings(**settings), student_steps)
+    file = _file_of(name)
+    file.Objective.check(file.Settings(**settings), student_steps)
 
 
 def build_objective(name: str, setup: Setup, settings: dict) -> Objective:
-    module = importlib.import_module(f"distillation.objectives.{name}")
-    return module.Objective(setup, module.Settings(**settings))
+    file = _file_of(name)
+    return file.Objective(setup, file.Settings(**settings))
+
+
+def _file_of(name: str) -> ModuleType:
+    return importlib.import_module(f"distillation.objectives.{name}")
 
 
 def read_text(batch: Batch, like: Tensor) -> Tensor:

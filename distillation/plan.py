@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 
 from config.config import Config, Phase
 from config.errors import UserError
-from data.prompts import read_prompts
+from data.prompts import holds_half_character, read_prompts
 from distillation.objective import check_objective
 from distributed.process_group import Ranks
 from models.flow import TimeGrid, few_step_grid
@@ -34,13 +34,14 @@ class Plan:
     total_steps: int
     binding_limit: str
     sample_interval: int
+    guidance: tuple[float, float]  # of the high-noise expert and the low-noise one
+    memory: dict[str, float]  # part → GB that each rank's device must hold
 
-    def resolved(self, config: Config) -> dict:
+    def resolved(self) -> dict:
         """What the settings leave to teacher and machine, as decided: for config.json and the model card."""
-        high, low = default_guidance(self.info, config.teacher.guidance_scale, config.teacher.guidance_scale_2)
         return {
-            "guidance_scale": high,
-            "guidance_scale_2": low if self.info.boundary_ratio is not None else None,
+            "guidance_scale": self.guidance[0],
+            "guidance_scale_2": self.guidance[1] if self.info.boundary_ratio is not None else None,
             "teacher_dtype": str(self.dtype).removeprefix("torch."),
             "student_shift": self.shift,
             "height": self.spec.height,
@@ -84,25 +85,28 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
     phases = config.phases
     if len(phases) == 1:
         phases = (replace(phases[0], steps=total_steps),)
-    plan = Plan(
+    spec, dtype = read_spec(config, info), resolve_dtype(config.teacher.teacher_dtype, ranks.device)
+    memory = memory_needed(config, info, spec, dtype)
+    check_memory(memory, info, ranks.device)
+    return Plan(
         info=info,
-        spec=read_spec(config, info),
+        spec=spec,
         prompts=prompts,
         sample_prompts=read_sample_prompts(config),
         grid=few_step_grid(config.student.student_steps, shift),
         shift=shift,
-        dtype=resolve_dtype(config.teacher.teacher_dtype, ranks.device),
+        dtype=dtype,
         phases=phases,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         binding_limit=binding_limit,
         sample_interval=config.sampling.sample_interval,
+        guidance=default_guidance(info, config.teacher.guidance_scale, config.teacher.guidance_scale_2),
+        memory=memory,
     )
-    check_memory(config, plan, ranks.device)
-    return plan
 
 
-def memory_needed(config: Config, plan: Plan) -> dict[str, float]:
+def memory_needed(config: Config, info: TeacherInfo, spec: StudentSpec, dtype: torch.dtype) -> dict[str, float]:
     """GB (10⁹ bytes) that each rank's device must hold, by part. Without activations and text: a lower bound."""
 
     def billions(transformer_config: dict) -> float:
@@ -110,24 +114,24 @@ def memory_needed(config: Config, plan: Plan) -> dict[str, float]:
             network = WanTransformer3DModel.from_config(transformer_config)
         return sum(p.numel() for p in network.parameters()) / 1e9
 
-    student = billions(plan.spec.transformer_config)
+    student = billions(spec.transformer_config)
     # Float32 weights, gradients, and AdamW's two moments; the average is one more copy of the weights.
     needed = {"student and AdamW": student * (20 if config.optimization.use_ema else 16)}
     if config.teacher.teacher_device_strategy != "cpu":
-        teacher = sum(billions(c) for c in plan.info.transformer_configs.values())
-        needed["teacher"] = teacher * plan.dtype.itemsize
+        teacher = sum(billions(c) for c in info.transformer_configs.values())
+        needed["teacher"] = teacher * dtype.itemsize
     return needed
 
 
-def check_memory(config: Config, plan: Plan, device: torch.device) -> None:
+def check_memory(needed: dict[str, float], info: TeacherInfo, device: torch.device) -> None:
     """Raises UserError where weights and optimizer alone exceed the GPU."""
     if device.type != "cuda":
         return
-    needed, there = memory_needed(config, plan), torch.cuda.get_device_properties(device).total_memory / 1e9
+    there = torch.cuda.get_device_properties(device).total_memory / 1e9
     if sum(needed.values()) > there:
         parts = " and ".join(f"{name} {size:.0f} GB" for name, size in needed.items())
         raise UserError(
-            f"--teacher_path {plan.info.name}: each rank needs {parts}, besides activations, and this GPU has "
+            f"--teacher_path {info.name}: each rank needs {parts}, besides activations, and this GPU has "
             f"{there:.0f} GB; lower num_layers in --student_config, take a smaller teacher, or --teacher_on_cpu (slow)"
         )
 
@@ -152,7 +156,7 @@ def read_sample_prompts(config: Config) -> list[str]:
     if config.sampling.sample_prompts_file:
         return read_prompts(Path(config.sampling.sample_prompts_file))
     for prompt in config.sampling.sample_prompts:
-        if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python passes on bytes it cannot read
+        if holds_half_character(prompt):
             raise UserError(f"--sample_prompts {prompt!r}: not UTF-8; accepted is UTF-8 text")
     return list(config.sampling.sample_prompts)
 
@@ -165,8 +169,7 @@ def describe(plan: Plan, config: Config, ranks: Ranks) -> str:
         for c in info.transformer_configs.values()
     )
     student = plan.spec.transformer_config
-    guidance = default_guidance(info, config.teacher.guidance_scale, config.teacher.guidance_scale_2)
-    w = f"{guidance[0]:g}/{guidance[1]:g}" if info.boundary_ratio else f"{guidance[0]:g}"
+    w = "/".join(f"{scale:g}" for scale in plan.guidance[: len(info.transformer_configs)])
     width = student["num_attention_heads"] * student["attention_head_dim"]
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size
     phases = ", then ".join(f"{p.objective} × {p.steps} steps at lr {p.learning_rate:g}" for p in plan.phases)
@@ -180,7 +183,7 @@ def describe(plan: Plan, config: Config, ranks: Ranks) -> str:
         "prompts": f"{len(plan.prompts)} from {config.data.data_path}",
         "batch": f"{batch} prompts a step = {settings.train_batch_size} a rank × {ranks.world_size} ranks × "
         f"{settings.gradient_accumulation_steps} accumulated",
-        "memory": " + ".join(f"{name} {size:.3g} GB" for name, size in memory_needed(config, plan).items())
+        "memory": " + ".join(f"{name} {size:.3g} GB" for name, size in plan.memory.items())
         + " a rank, besides activations",
         "trains": phases,
         "ends": f"after {plan.total_steps} steps ({plan.binding_limit} binds), "

@@ -47,12 +47,12 @@ def fold_text(
     return torch.cat([text, scores.to(text.dtype)[..., None]], dim=-1)
 
 
-def fold_texts(texts: list[torch.Tensor], sequence_length: float = MAX_SEQUENCE_LENGTH) -> torch.Tensor:
+def fold_texts(texts: list[torch.Tensor]) -> torch.Tensor:
     """Several texts' real tokens, (n, D) each, as one folded batch in float32: (B, L + PADDING_COLUMNS, D + 1)."""
     padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).float()  # (B, L, D)
     lengths = torch.tensor([len(text) for text in texts], device=padded.device)
     mask = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
-    return fold_text(padded, mask, sequence_length)
+    return fold_text(padded, mask)
 
 
 def pad_folded(folded: torch.Tensor, length: int) -> torch.Tensor:

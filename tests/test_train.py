@@ -204,7 +204,7 @@ def test_what_no_gpu_can_hold_is_refused_with_the_sum(random_pipeline_dir, tmp_p
     config, plan = plan_of([*flags(random_pipeline_dir, tmp_path / "out"), "--use_ema"])
     student = WanTransformer3DModel.from_pretrained(random_pipeline_dir, subfolder="transformer_2")
     parameters = sum(p.numel() for p in student.parameters())
-    needed = memory_needed(config, plan)
+    needed = memory_needed(config, plan.info, plan.spec, plan.dtype)
     assert needed == pytest.approx({"student and AdamW": 20e-9 * parameters, "teacher": 8e-9 * parameters})
     for there, fits in {27.9e-9: False, 28.1e-9: True}.items():
         card = SimpleNamespace(total_memory=there * parameters * 1e9)
@@ -212,7 +212,7 @@ def test_what_no_gpu_can_hold_is_refused_with_the_sum(random_pipeline_dir, tmp_p
         with (
             nullcontext() if fits else pytest.raises(UserError, match="each rank needs student and AdamW .* --teacher")
         ):
-            check_memory(config, plan, torch.device("cuda"))
+            check_memory(needed, plan.info, torch.device("cuda"))
 
 
 def test_two_experts_are_no_student(random_pipeline_dir, tmp_path):
