@@ -42,6 +42,7 @@ BACKGROUNDS = ("white", "black", "gray", "pink", "yellow", "blue")
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 RADII = {"small": (8.0, 9.0), "large": (12.0, 13.5)}  # pixels
 SIZE_THRESHOLD = 10.25
+HOLE = 0.5  # a ring's, in its radii: a thinner band would be narrower than the VAE can keep clean
 REACH = 1.12  # no shape reaches farther from its centre than this many radii
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 PLACES = {
@@ -213,7 +214,7 @@ def coverage(shape: str, centre: tuple[float, float], radius: float, angle: floa
     if shape in ("circle", "ring"):
         pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
         if shape == "ring":
-            pen.ellipse((x - r * 0.55, y - r * 0.55, x + r * 0.55, y + r * 0.55), fill=0)
+            pen.ellipse((x - r * HOLE, y - r * HOLE, x + r * HOLE, y + r * HOLE), fill=0)
     else:
         cos, sin = math.cos(angle), math.sin(angle)
         pen.polygon([(x + r * (u * cos - v * sin), y + r * (u * sin + v * cos)) for u, v in _polygon(shape)], fill=255)
@@ -263,7 +264,7 @@ SHOWN_RADII = (6.6, 14.5)  # pixels, what it may find; the top half of a small t
 FITTED_TURN = math.radians(13)
 MAX_BLUR = 1.8  # pixels, Gaussian: beyond this an edge counts as smeared
 MIN_EXPLAINED = 0.92  # of a thing's pixels, by its best shape
-MIN_MARGIN = 0.015  # of a thing's pixels, that the best shape explains beyond the runner-up
+MIN_MARGIN = 0.02  # of a thing's pixels, that the best shape explains beyond the runner-up
 OFF_LINE = 45.0  # RGB distance from the mixtures of two colours, beyond which a pixel belongs to a third
 STRAY = 40.0  # RGB distance, mean of 3×3 pixels, from which a pixel counts as unexplained
 MAX_STRAY_PIXELS = 8

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import random
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,8 +53,8 @@ TRANSFORMER = dict(
 STEPS = dict(vae=3000, vae_edges=6000, vae_smooth=2500, decoder=4000, text=600, base=12000, high=3000, low=16000)
 BANK = 80_000  # pictures whose latents the transformers learn from
 CAPTION_DROPOUT = 0.15
-PADDING_GROWS = 0.3
-LOGIT_MIDDLE = 0.4
+PADDING_GROWS = 0.3  # of the steps over all t
+LOGIT_MIDDLE = 0.4  # logit of t = .6
 
 
 # --------------------------------------------------------------------------------------------- parts, untrained
@@ -102,7 +103,7 @@ def train(
 ) -> None:
     """AdamW with warm-up, cosine and EMA; leaves the EMA weights in `modules` and in `work/<name>.safetensors`.
 
-    Randomness hangs on the step alone, so a run that is stopped and started again goes on as if it had not been.
+    Randomness hangs on name and step alone, so a run that is stopped and started again goes on as if it had not been.
     """
     finished, running = work / f"{name}.safetensors", work / f"{name}.running.safetensors"
     parameters = {f"{m}.{k}": p for m, module in modules.items() for k, p in module.named_parameters()}
@@ -117,11 +118,12 @@ def train(
         start = restore(running, parameters, ema, optimizer)
     for module in modules.values():
         module.train()
+    first_seed = zlib.crc32(name.encode()) * 1_000_000  # no stage draws another's noise again
     bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
     for step in bar:
         warmup, cosine = min(1.0, (step + 1) / 200), 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = learning_rate * warmup * max(cosine, 0.01)
-        value = loss(step, torch.Generator().manual_seed(step))
+        value = loss(step, torch.Generator().manual_seed(first_seed + step))
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -167,7 +169,7 @@ def restore(path: Path, parameters: dict, ema: dict, optimizer: torch.optim.Opti
     return int(tensors["step"])
 
 
-# --------------------------------------------------------------------------------------------- the three trainings
+# ---------------------------------------------------------------------------------------------------- the trainings
 
 
 def scene_bank(seed: int, count: int, work: Path) -> tuple[np.ndarray, list[Scene]]:
@@ -217,21 +219,21 @@ def train_vae(vae: AutoencoderKLWan, pictures: np.ndarray, steps: dict[str, int]
     train("decoder", decoder, loss(6, 0.2, 5.0, 0, True), steps["decoder"], 8e-4, work, ema_decay=0.998)
 
 
+LABELS = (tuple(RADII), COLOURS, SHAPES, (*PLACES, *RELATIONS))  # of a thing: size, colour, shape, place
+
+
 def thing_labels(scene: Scene) -> list[tuple[int, list[int]]]:
     """What the text encoder is asked: (position of a word that describes a thing, that thing's labels), word by word.
 
     A thing's labels are its size, colour, shape, and its place: one of nine alone, one of four sides beside another.
     """
-    first_words, sides = [1], [len(PLACES) + i for i in range(4)]
-    if len(scene.things) == 2:
-        first_words.append(5 + len(scene.where.split()))  # "a small red star · left of · a large blue ring"
-        side = list(RELATIONS).index(scene.where)
-        places = [sides[side], sides[list(RELATIONS).index(OPPOSITE[scene.where])]]
-    else:
-        places = [list(PLACES).index(scene.where)]
+    described = [(1, scene.things[0], scene.where)]  # position of its size's word, the thing, its place
+    if len(scene.things) == 2:  # "a small red star · left of · a large blue ring"
+        described.append((5 + len(scene.where.split()), scene.things[1], OPPOSITE[scene.where]))
     labels = []
-    for thing, start, place in zip(scene.things, first_words, places, strict=True):
-        about = [list(RADII).index(thing.size), COLOURS.index(thing.colour), SHAPES.index(thing.shape), place]
+    for start, thing, place in described:
+        values = (thing.size, thing.colour, thing.shape, place)
+        about = [known.index(value) for known, value in zip(LABELS, values, strict=True)]
         labels += [(start + word, about) for word in range(3)]
     return labels
 
@@ -244,8 +246,8 @@ def train_text_encoder(
     A real teacher's UMT5 has read before, too. Left to the pictures alone, this small one never learnt which of two
     things is to be on the left.
     """
-    heads = nn.Linear(text_encoder.config.d_model, len(RADII) + len(COLOURS) + len(SHAPES) + len(PLACES) + 4)
-    sizes = [len(RADII), len(COLOURS), len(SHAPES), len(PLACES) + 4]
+    sizes = [len(known) for known in LABELS]
+    heads = nn.Linear(text_encoder.config.d_model, sum(sizes))
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         indices = torch.randint(len(scenes), (128,), generator=generator)
@@ -310,7 +312,7 @@ def train_transformer(
 ) -> None:
     """Flow matching on the bank for t in `t_range`.
 
-    Beside a text encoder that knows nothing yet, the padding grows from almost none to its full length over the first
+    Where the text encoder is trained too, the padding grows from almost none to its full length over the first
     PADDING_GROWS of the steps: at full length 19 of 20 positions are padding, and the words would hardly be heard.
     """
     modules = {"transformer": transformer} | ({"text_encoder": text_encoder} if with_text_encoder else {})

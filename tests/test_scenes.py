@@ -151,7 +151,7 @@ def test_every_spoiled_picture_is_refused():
     rng = random.Random(SEED)
     accepted = [
         f"{scene.caption}, {kind}"
-        for scene, picture in drawn_scenes(12)
+        for scene, picture in drawn_scenes(18)
         for kind, broken in scenes.spoiled(scene, picture, rng).items()
         if reads_as(broken, scene.caption)
     ]

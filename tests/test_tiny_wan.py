@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import WanPipeline
 
+from data.scenes import SIZE, random_scenes, reads_as
 from models.tiny_wan import HOME, build_tokenizer, measure_vae
 
 
@@ -44,3 +46,20 @@ def test_experts_differ(pipeline):
 
 def test_vae_gives_pictures_back():
     assert measure_vae(HOME, count=64) >= 28  # dB
+
+
+def test_draws_what_it_is_told(pipeline):
+    captions = [scene.caption for scene in random_scenes(6, seed=7, held_out=True)]
+    frames = pipeline(
+        captions,
+        num_frames=1,
+        height=SIZE,
+        width=SIZE,
+        num_inference_steps=20,
+        guidance_scale=4.0,
+        guidance_scale_2=2.0,
+        generator=[torch.Generator().manual_seed(i) for i in range(len(captions))],
+        output_type="pil",
+    ).frames
+    right = [reads_as(frame[0], caption) for frame, caption in zip(frames, captions, strict=True)]
+    assert sum(right) >= 5
