@@ -2,9 +2,10 @@
 
     python train_distillation.py --config config/tiny.toml
     torchrun --nproc_per_node=4 train_distillation.py --teacher_path Wan-AI/Wan2.2-T2V-A14B-Diffusers \
-        --student_config config/student_config.json --data_path data/static_prompts.txt --output_dir outputs/wan_t2i
+        --student_config config/student_config_10.json --data_path data/static_prompts.txt --output_dir outputs/wan_t2i
 """
 
+import gc
 import json
 import logging
 import os
@@ -13,7 +14,8 @@ import subprocess
 import sys
 import time
 import traceback
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import diffusers
@@ -22,7 +24,7 @@ import transformers
 from diffusers import WanTransformer3DModel
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from config.config import PHASE_SETTINGS, Config, load_config
+from config.config import PHASE_SETTINGS, Config, Phase, load_config
 from config.errors import UserError
 from data.prompt_embeddings import PromptEmbeddings, encode_prompts, encoder_key
 from data.sampler import PromptSampler
@@ -38,6 +40,7 @@ from distributed.process_group import (
     destroy,
     fail,
     init_process_group,
+    mean_over_ranks,
     on_main,
 )
 from distributed.sharding import wrap
@@ -62,6 +65,7 @@ from models.vae import load_vae
 from sampling.parallel import ParallelSampler, Round
 from sampling.review import remove_rounds
 
+LOOKING = -1  # in place of an update's number, in the noise with which an objective only looks at the student
 PLAIN_DDIM_STEPS = 10  # where a pipeline does not say how it draws
 PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -114,48 +118,109 @@ def train(config: Config, ranks: Ranks) -> None:
     barrier()  # all ranks: the first all-reduce is not started while a slower rank still reads weights
 
     expand, autocast = plan.info.expand_timesteps, PRECISION[config.optimization.mixed_precision]
+
     # Training goes through the wrapper, pictures through the bare module: a wrapper's forward may be a collective,
     # and the ranks draw unequal shares.
-    setup = Setup(teacher, WanVelocity(wrapped, expand, autocast=autocast), plan.grid, plan.shift)
-    sample_field = WanVelocity(student, expand, autocast=autocast)
-    ema = EMA(student, config.optimization.ema_decay) if config.optimization.use_ema else None
+    def as_field(network: torch.nn.Module, dtype: torch.dtype = torch.float32) -> WanVelocity:
+        return WanVelocity(network, expand, dtype, autocast)
+
     sampler = make_sampler(config, plan.info, plan.spec.height, plan.spec.width, ranks) if plan.sample_prompts else None
     if sampler and config.sampling.sample_teacher:
         sampler.draw(teacher_round(config, plan), teacher, sample_text)  # all ranks
 
     settings = config.optimization
-    prompts = PromptSampler(len(plan.prompts), settings.train_batch_size, ranks.rank, ranks.world_size, config.run.seed)
-    progress = Progress(
-        Path(config.run.output_dir) / "metrics.jsonl",
-        plan.total_steps,
-        config.run.logging_steps,
-        settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size,
-        ranks,
+    run = Run(
+        config=config,
+        plan=plan,
+        ranks=ranks,
+        setup=Setup(teacher, as_field(wrapped), plan.grid, plan.shift, student, as_field),
+        wrapped=wrapped,
+        ema=EMA(student, settings.ema_decay) if settings.use_ema else None,
+        text=text,
+        prompts=PromptSampler(
+            len(plan.prompts), settings.train_batch_size, ranks.rank, ranks.world_size, config.run.seed
+        ),
+        sampler=sampler,
+        sample_text=sample_text,
+        progress=Progress(
+            Path(config.run.output_dir) / "metrics.jsonl",
+            plan.total_steps,
+            config.run.logging_steps,
+            settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size,
+            ranks,
+        ),
     )
-    step = 0
     for number, phase in enumerate(plan.phases, 1):
-        objective = build_objective(phase.objective, setup, phase.settings)
-        trained = {"student": Trained(student, settings, phase, ranks, wrapped)}
-        trained |= {name: Trained(network, settings, phase, ranks) for name, network in objective.networks().items()}
-        objective.use({name: network.wrapped for name, network in trained.items() if name != "student"})
-        for _ in range(phase.steps):
-            batches = [text.batch(next(prompts)) for _ in range(settings.gradient_accumulation_steps)]
-            figures = optimization_step(objective, trained, batches, config.run.seed, step, plan.latent_shape, ranks)
-            objective.after_step(step)
-            if ema:
-                ema.update()
-            step += 1
-            # All ranks: a logged row is the mean over them.
-            progress.advance(step, plan.epoch_of(step), number, phase.objective, figures, trained)
-            if sampler and plan.is_sampling_step(step):
-                # All ranks: each draws its share of the pictures.
-                with progress.paused(), ema.applied() if ema else nullcontext():
-                    sampler.draw(student_round(config, plan, step), sample_field, sample_text)
+        train_phase(run, number, phase)
+        gc.collect()  # a phase's optimizers and networks hang in cycles, and the next phase needs their memory
         # Rank 0 writes, and tells the others whether it worked.
-        with ema.applied() if ema else nullcontext():
-            on_main(ranks, lambda step=step: export(config, plan, student, step, ranks))
-    progress.close()
+        with run.shipped_weights():
+            on_main(ranks, lambda: export(config, plan, student, run.step, run.done, ranks))
+    run.progress.close()
     say(ranks, results(config, plan))
+
+
+@dataclass
+class Run:
+    """What all phases share."""
+
+    config: Config
+    plan: Plan
+    ranks: Ranks
+    setup: Setup
+    wrapped: torch.nn.Module  # the student, as training calls it
+    ema: EMA | None
+    text: PromptEmbeddings
+    prompts: PromptSampler
+    sampler: ParallelSampler | None
+    sample_text: list[torch.Tensor]
+    progress: Progress
+    step: int = 0  # optimizer steps done
+    done: list[str] = field(default_factory=list)  # phases, in words
+
+    def shipped_weights(self) -> AbstractContextManager:
+        """Within, the student holds the weights that are drawn with and exported."""
+        return self.ema.applied() if self.ema else nullcontext()
+
+
+def train_phase(run: Run, number: int, phase: Phase) -> None:
+    """One objective for its steps, or until it ends itself. What it alone trains is gone afterwards."""
+    plan, settings, ranks = run.plan, run.config.optimization, run.ranks
+    objective = build_objective(phase.objective, replace(run.setup, first_step=run.step), phase.settings)
+    student_steps = phase.steps - objective.steps_without_student()
+    trained = {"student": Trained(run.setup.network, settings, phase, ranks, run.wrapped, steps=student_steps)}
+    for name, network in objective.networks().items():
+        rate = objective.learning_rate(name, phase.learning_rate)
+        trained[name] = Trained(network, settings, phase, ranks, learning_rate=rate)
+    objective.use({name: network.wrapped for name, network in trained.items() if name != "student"})
+    first, ends = run.step, run.step + phase.steps
+    while run.step < ends:
+        batches = [run.text.batch(next(run.prompts)) for _ in range(settings.gradient_accumulation_steps)]
+        figures = optimization_step(
+            objective, trained, batches, run.config.run.seed, run.step, plan.latent_shape, ranks
+        )
+        objective.after_step(run.step)
+        if run.ema:
+            run.ema.update()
+        run.step += 1
+        # All ranks look, and see the same.
+        noise = Noise(run.config.run.seed, ranks.rank, run.step, LOOKING, 0, plan.latent_shape, ranks.device)
+        remark = objective.look(run.step, batches[0], noise, mean_over_ranks)
+        if remark:
+            run.progress.say(remark.words)
+        if remark and remark.ends_phase:
+            run.progress.skip(ends - run.step)
+            ends = run.step
+        # All ranks: a logged row is the mean over them.
+        epoch = plan.epoch_of(run.step)
+        run.progress.advance(run.step, epoch, number, phase.objective, figures, trained, run.step == ends)
+        if run.sampler and (plan.is_sampling_step(run.step) or run.step == run.progress.total_steps):
+            # All ranks: each draws its share of the pictures.
+            with run.progress.paused(), run.shipped_weights():
+                round_ = student_round(run.config, plan, run.step, number)
+                run.sampler.draw(round_, run.setup.as_field(run.setup.network, torch.float32), run.sample_text)
+    objective.close()
+    run.done.append(f"{phase.objective} ({run.step - first} steps)")
 
 
 def optimization_step(
@@ -183,8 +248,9 @@ def optimization_step(
             for key, value in {"loss": loss.detach(), **extra}.items():
                 figures[prefix + key] = figures.get(prefix + key, 0.0) + value * weight
         figures[f"{prefix}grad_norm"] = network.step()
-    for name in set(schedule):
-        trained[name].lr_scheduler.step()
+    for name, network in trained.items():
+        if name != "student" or name in schedule:  # the others keep pace with the phase, trained in this step or not
+            network.lr_scheduler.step()
     return figures
 
 
@@ -222,8 +288,9 @@ def make_sampler(config: Config, info: TeacherInfo, height: int, width: int, ran
     return ParallelSampler(vae, info.latent_shape(height, width), folder, ranks, config.sampling.sample_batch_size)
 
 
-def student_round(config: Config, plan: Plan, step: int) -> Round:
-    """The pictures after `step` steps: on the grid that ships, unless --sample_steps asks for another."""
+def student_round(config: Config, plan: Plan, step: int, phase: int) -> Round:
+    """The pictures after `step` steps, in the phase-th phase: on the grid that ships, unless --sample_steps asks for
+    another."""
     sampling = config.sampling
     return Round(
         prompts=tuple(plan.sample_prompts),
@@ -237,6 +304,7 @@ def student_round(config: Config, plan: Plan, step: int) -> Round:
         weights="ema" if config.optimization.use_ema else "raw",
         sampler=sampling.sampler,
         eta=sampling.sample_eta,
+        phase=f"{phase} {plan.phases[phase - 1].objective}",
     )
 
 
@@ -330,8 +398,14 @@ def write_run_facts(config: Config, plan: Plan, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def export(config: Config, plan: Plan, student: WanTransformer3DModel, step: int, ranks: Ranks) -> None:
-    """The student as a Diffusers pipeline in output_dir/student. Rank 0 only; no collective."""
+def export(
+    config: Config, plan: Plan, student: WanTransformer3DModel, step: int, phases: list[str], ranks: Ranks
+) -> None:
+    """The student as a Diffusers pipeline in output_dir/student. Rank 0 only; no collective.
+
+    Args:
+        phases: those behind it, in words.
+    """
     sections = [section for section in config.to_dict().values() if isinstance(section, dict)]
     settings = {name: value for section in sections for name, value in section.items()} | plan.resolved()
     for name in ("num_steps", *(setting.name for setting in PHASE_SETTINGS)):  # each phase has its own
@@ -339,7 +413,7 @@ def export(config: Config, plan: Plan, student: WanTransformer3DModel, step: int
     card = StudentCard(
         teacher=plan.info.name,
         command=[*launcher(ranks), *sys.argv],
-        objective=", then ".join(f"{p.objective} ({p.steps} steps)" for p in plan.phases),
+        objective=", then ".join(phases),
         training_steps=step,
         num_inference_steps=len(plan.grid),
         height=plan.spec.height,

@@ -1,10 +1,15 @@
 """How good a student's pictures are next to its teacher's: same captions, same noise, all by stock `WanPipeline`.
 
-    python benchmarks/quality.py --teacher models/tiny_wan --student outputs/tiny/student
-    python benchmarks/quality.py --student outputs/tiny/student --count 512 --problems --grid grid.png
+    python benchmarks/quality.py --student outputs/tiny/student --guidance_scale_2 2
+    python benchmarks/quality.py --student outputs/tiny/student --guidance_scale_2 2 --problems --grid grid.png
 
 The captions are held-out scenes, which no training has seen. A reader (`data/scenes.py`) says for every picture
-whether each attribute of its caption is right.
+whether each attribute of its caption is right. What else is compared, for any prompts (`--prompts`):
+
+Fréchet distance   to the pictures of the teacher's row of most steps, drawn once more from other noise, on features of
+                   EfficientNet-Lite0; that row's own distance is the floor
+diversity          mean feature distance between pictures of one caption from 8 seeds, as a share of the teacher's
+contrast, colour   standard deviation of grey levels, and mean saturation, as shares of the teacher's
 """
 
 import argparse
@@ -16,7 +21,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 if not __package__:  # run as a file: this folder, whose sampling.py would hide the package, gives way to the root
@@ -24,11 +29,13 @@ if not __package__:  # run as a file: this folder, whose sampling.py would hide 
 
 import torch
 from diffusers import WanPipeline
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from benchmarks.arguments import at_least_one
+from benchmarks.features import Features, are_installed, contrast, frechet_distance, mean_distance, saturation
 from config.errors import UserError
+from data.prompts import read_prompts
 from data.scenes import PALETTE, PLACES, RADII, RELATIONS, SHAPES, SIZE, parse_caption, random_scenes, read
 from models.export import DRAWING_FILE
 from models.folding import fold_text_attention, fold_texts, fold_time
@@ -38,6 +45,8 @@ TEACHER_STEPS = (50, 4)
 STUDENT_STEPS = 4  # where a student does not say how it draws
 ENCODING_BATCH = 64  # texts at once
 GRID_CAPTIONS = 16
+DIVERSITY_CAPTIONS, DIVERSITY_SEEDS = 32, 8
+REFERENCE_SEED, DIVERSITY_SEED = 1_000_000, 2_000_000  # beyond those of the pictures that are read
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ class Settings:
 
     seed: int = 0
     batch_size: int = 64
+    height: int = SIZE
+    width: int = SIZE
     fold: bool = True  # padding and time, exactly; else literally what `WanPipeline` does with a prompt
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
@@ -60,9 +71,10 @@ class Measured:
     steps: int
     guidance_scale: float
     pictures: list[Image.Image]
-    problems: list[str | None]  # of each picture; None where its caption reads back right
+    problems: list[str | None] | None  # of each picture; None where its caption reads back right, or cannot be read
     forwards: int  # of a transformer, a picture each
     seconds: float  # for drawing alone: no loading, no reading; no text encoding where text is folded
+    compared: "Compared | None" = None  # with the teacher's pictures
 
     @property
     def right(self) -> float:
@@ -83,12 +95,26 @@ class Measured:
         return self.seconds / len(self.pictures)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A row next to the teacher's pictures. `frechet` is a distance, all others are shares of the teacher's."""
+
+    frechet: float
+    diversity: float
+    contrast: float
+    saturation: float
+
+
 # A column: its heading, and what it shows of a row.
 COLUMNS: dict[str, Callable[[Measured], str]] = {
     "pictures by": lambda m: f"{m.role} {m.pipeline}",
     "steps": lambda m: str(m.steps),
     "guidance": lambda m: f"{m.guidance_scale:g}" if m.guidance_scale > 1 else "none",
-    "captions right": lambda m: f"{m.right:.1%} ± {m.right_error:.1%}",
+    "captions right": lambda m: f"{m.right:.1%} ± {m.right_error:.1%}" if m.problems is not None else "-",
+    "Fréchet": lambda m: f"{m.compared.frechet:.2f}" if m.compared else "-",
+    "diversity": lambda m: f"{m.compared.diversity:.3f}" if m.compared else "-",
+    "contrast": lambda m: f"{m.compared.contrast:.3f}" if m.compared else "-",
+    "saturation": lambda m: f"{m.compared.saturation:.3f}" if m.compared else "-",
     "forwards a picture": lambda m: f"{m.forwards_per_picture:g}",
     "seconds a picture": lambda m: f"{m.seconds_per_picture:.4f}",
 }
@@ -138,8 +164,8 @@ def draw(
         frames = pipeline(
             **text(indices),
             num_frames=1,
-            height=SIZE,
-            width=SIZE,
+            height=settings.height,
+            width=settings.width,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             guidance_scale_2=guidance_scale_2 if pipeline.config.boundary_ratio is not None else None,
@@ -226,8 +252,52 @@ def measure(
     name = name or ("pipeline" if loaded else str(pipeline_dir))
     label = f"{role} {name}, {steps} steps"
     pictures, forwards, seconds = draw(pipeline, captions, steps, guidance_scale, settings, guidance_scale_2, label)
-    problems = [read(p).problem_with(parse_caption(c)) for p, c in zip(pictures, captions, strict=True)]
+    problems = None
+    if are_scenes(captions):
+        problems = [read(p).problem_with(parse_caption(c)) for p, c in zip(pictures, captions, strict=True)]
     return Measured(name, role, steps, guidance_scale, pictures, problems, forwards, seconds)
+
+
+def are_scenes(captions: list[str]) -> bool:
+    """Whether the reader knows what all of these mean."""
+    try:
+        return all(parse_caption(caption) for caption in captions)
+    except ValueError:
+        return False
+
+
+class Comparison:
+    """Every row next to the teacher's pictures of the same captions from other noise, drawn once."""
+
+    def __init__(self, teacher: WanPipeline, job: "Job", captions: list[str], settings: Settings) -> None:
+        self.features, self.captions, self.settings = Features(settings.device), captions, settings
+        scales, steps = (job.guidance_scale, job.guidance_scale_2), max(job.steps, default=TEACHER_STEPS[0])
+        elsewhere = replace(settings, seed=settings.seed + REFERENCE_SEED)
+        name = f"teacher {job.name}, {steps} steps, other noise"
+        self.pictures, _, _ = draw(teacher, captions, steps, scales[0], elsewhere, scales[1], name)
+        self.reference = self.features(self.pictures)  # (N, 1280)
+        self.steps, self.spread = steps, self._spread(teacher, steps, *scales)
+
+    def with_teacher(self, row: Measured, pipeline: WanPipeline, guidance_scale_2: float | None) -> Measured:
+        """The row with what the comparison says of it."""
+        is_reference = row.role == "teacher" and row.steps == self.steps
+        spread = self.spread
+        if not is_reference:
+            spread = self._spread(pipeline, row.steps, row.guidance_scale, guidance_scale_2)
+        compared = Compared(
+            frechet=frechet_distance(self.features(row.pictures), self.reference),
+            diversity=spread / self.spread,
+            contrast=contrast(row.pictures) / contrast(self.pictures),
+            saturation=saturation(row.pictures) / saturation(self.pictures),
+        )
+        return replace(row, compared=compared)
+
+    def _spread(self, pipeline: WanPipeline, steps: int, scale: float, scale_2: float | None) -> float:
+        """Mean distance between pictures of one caption."""
+        captions = [c for c in self.captions[:DIVERSITY_CAPTIONS] for _ in range(DIVERSITY_SEEDS)]
+        seeds = replace(self.settings, seed=self.settings.seed + DIVERSITY_SEED)
+        pictures, _, _ = draw(pipeline, captions, steps, scale, seeds, scale_2, "diversity")
+        return mean_distance(self.features(pictures), DIVERSITY_SEEDS)
 
 
 def kind_of(problem: str) -> str:
@@ -246,8 +316,10 @@ def held_out_captions(count: int, seed: int) -> list[str]:
 
 
 def table(rows: list[Measured]) -> str:
-    """The figures, as Markdown."""
-    cells = [list(COLUMNS), *([show(row) for show in COLUMNS.values()] for row in rows)]
+    """The figures, as Markdown; columns that nothing was measured for are left out."""
+    columns = {name: [show(row) for row in rows] for name, show in COLUMNS.items()}
+    shown = {name: found for name, found in columns.items() if set(found) != {"-"}}
+    cells = [list(shown), *zip(*shown.values(), strict=True)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [" | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in cells]
     lines.insert(1, " | ".join("-" * w for w in widths))
@@ -263,9 +335,12 @@ def problem_list(row: Measured, most: int = 8) -> str:
 
 def figures(row: Measured) -> dict:
     """A row as JSON."""
-    names = ("pipeline", "role", "steps", "guidance_scale", "right", "forwards_per_picture", "seconds_per_picture")
-    kinds = dict(Counter(kind_of(p) for p in row.problems if p).most_common())
-    return {name: getattr(row, name) for name in names} | {"captions": len(row.problems), "problems": kinds}
+    names = ("pipeline", "role", "steps", "guidance_scale", "forwards_per_picture", "seconds_per_picture")
+    found = {name: getattr(row, name) for name in names} | {"captions": len(row.pictures)}
+    if row.problems is not None:
+        kinds = dict(Counter(kind_of(p) for p in row.problems if p).most_common())
+        found |= {"right": row.right, "problems": kinds}
+    return found | (asdict(row.compared) if row.compared else {})
 
 
 def write_grid(path: Path, rows: list[Measured], captions: list[str]) -> None:
@@ -282,9 +357,11 @@ def write_grid(path: Path, rows: list[Measured], captions: list[str]) -> None:
         pen.multiline_text((gap, y), label, fill="black", font=font)
         for column in range(len(captions)):
             x = left + column * (side + gap)
-            if row.problems[column]:
+            if row.problems and row.problems[column]:
                 pen.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline="red", width=2)
-            grid.paste(row.pictures[column].resize((side, side), Image.Resampling.NEAREST), (x, y))
+            picture = row.pictures[column]
+            small = max(picture.size) < side  # grows by whole pixels, and stays sharp
+            grid.paste(ImageOps.contain(picture, (side, side), Image.Resampling[("LANCZOS", "NEAREST")[small]]), (x, y))
     for column, caption in enumerate(captions):
         at = (left + column * (side + gap), size[1] - below)
         pen.multiline_text(at, textwrap.fill(caption, 21), fill="black", font=font)
@@ -300,7 +377,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--teacher", default="models/tiny_wan", help="a Wan text-to-video pipeline: folder or hub id (models/tiny_wan)")
     add("--student", nargs="+", action="extend", default=[], help="one or more exported students, drawn unguided")
-    add("--count", type=at_least_one, default=512, help="held-out captions (512)")
+    add("--count", type=at_least_one, default=512, help="held-out captions, or the first prompts of the file (512)")
+    add("--prompts", type=Path, metavar="FILE", help="a .txt or .jsonl of prompts instead of held-out captions")
+    add("--height", type=at_least_one, default=SIZE, help=f"of a picture, in pixels ({SIZE})")
+    add("--width", type=at_least_one, default=SIZE, help=f"({SIZE})")
     add("--batch_size", type=at_least_one, default=64, help="pictures drawn at once (64)")
     add("--guidance_scale", type=float, default=4.0, help="the teacher's (4)")
     add("--guidance_scale_2", type=float, help="of its low-noise expert (as --guidance_scale)")
@@ -310,6 +390,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 on a GPU, else float32")
     add("--threads", type=at_least_one, default=os.cpu_count(), help="of the CPU (all cores)")
     add("--no_fold", action="store_true", help="read all 512 padded text tokens, as the pipeline does by itself")
+    with_features = "Fréchet distance, diversity and colours, too (if benchmarks/requirements.txt is installed)"
+    add("--features", action="store_true", default=None, help=with_features)
+    add("--no_features", action="store_false", dest="features", help="captions alone")
     add("--problems", action="store_true", help="what was wrong with the pictures that did not read back right")
     add("--grid", type=Path, metavar="FILE.png", help=f"write the first {GRID_CAPTIONS} captions' pictures")
     add("--json", type=Path, metavar="FILE", help="write the figures")
@@ -343,7 +426,7 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
         student = inspect_teacher(name, flag="--student")
         steps = args.student_steps or student_steps(student.folder)
         jobs.append(Job(name, "student", source_of(student), [steps]))
-    return [job for job in jobs if job.steps]
+    return jobs
 
 
 def source_of(info: TeacherInfo) -> str | Path:
@@ -354,15 +437,22 @@ def run(args: argparse.Namespace) -> None:
     jobs = make_jobs(args)  # wrong paths are found before anything is drawn
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(args.dtype, device)
-    settings = Settings(args.seed, args.batch_size, not args.no_fold, device, dtype)
-    captions, rows = held_out_captions(args.count, args.seed), []
+    settings = Settings(args.seed, args.batch_size, args.height, args.width, not args.no_fold, device, dtype)
+    captions = read_prompts(args.prompts)[: args.count] if args.prompts else held_out_captions(args.count, args.seed)
+    with_features = are_installed() if args.features is None else args.features
+    rows, comparison = [], None
     for job in jobs:
+        if not job.steps and not with_features:
+            continue
         pipeline = load(job.source, settings)
+        if job.role == "teacher" and with_features:
+            comparison = Comparison(pipeline, job, captions, settings)
         for steps in job.steps:
             scales = (job.guidance_scale, job.guidance_scale_2)
-            rows.append(measure(pipeline, captions, steps, scales[0], settings, scales[1], job.name, job.role))
+            row = measure(pipeline, captions, steps, scales[0], settings, scales[1], job.name, job.role)
+            rows.append(comparison.with_teacher(row, pipeline, scales[1]) if comparison else row)
     facts = {
-        "captions": args.count,
+        "captions": len(captions),
         "seed": args.seed,
         "batch_size": args.batch_size,
         "dtype": str(dtype).removeprefix("torch."),
@@ -371,9 +461,11 @@ def run(args: argparse.Namespace) -> None:
         else f"CPU, {torch.get_num_threads()} threads",
         "padding": "folded" if settings.fold else "all read",
     }
+    if args.features is None and not with_features:
+        print("Fréchet distance and diversity: pip install -r benchmarks/requirements.txt\n")
     print(", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in facts.items()), table(rows), sep="\n\n")
     if args.problems:
-        print("", *(problem_list(row) for row in rows), sep="\n")
+        print("", *(problem_list(row) for row in rows if row.problems is not None), sep="\n")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps(facts | {"rows": [figures(row) for row in rows]}, indent=2)

@@ -1,9 +1,12 @@
 """What an objective is. Each one is a file in `distillation/objectives/` with a `Settings` and an `Objective`."""
 
+import copy
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +21,26 @@ from models.teacher import Teacher
 
 @dataclass(frozen=True)
 class Setup:
-    """What every objective works with. `grid` is the one that the student ships with; `shift` shaped it."""
+    """What every objective works with.
+
+    grid: the one that the student ships with; `shift` shaped it.
+    network: the student's own, not wrapped: to be copied, never trained through.
+    as_field: (network, dtype of its inputs) → its velocity field, in the precision that training computes in.
+    first_step: of the phase, counted over the whole run.
+    """
 
     teacher: Teacher
     student: VelocityField
     grid: TimeGrid
     shift: float
+    network: nn.Module | None = None
+    as_field: Callable[[nn.Module, torch.dtype], VelocityField] = lambda network, dtype: network
+    first_step: int = 0
+
+    def frozen_student(self) -> tuple[nn.Module, VelocityField]:
+        """A copy of the student as it is now, and its velocity field."""
+        network = copy.deepcopy(self.network).requires_grad_(False).eval()
+        return network, self.as_field(network, torch.float32)
 
 
 class Noise:
@@ -45,8 +62,10 @@ class Noise:
         latent_shape: tuple[int, ...] = (),
         device: torch.device | str = "cpu",
     ) -> None:
-        self.update, self.micro_step, self.latent_shape, self.device = update, micro_step, latent_shape, device
+        self.step, self.update, self.micro_step = step, update, micro_step
+        self.latent_shape, self.device = latent_shape, device
         self._generator = torch.Generator(device).manual_seed(mix_seeds(seed, rank, step, update, micro_step))
+        self._alike = torch.Generator().manual_seed(mix_seeds(seed, step, update, micro_step))
 
     def latents(self, batch_size: int) -> Tensor:
         """(B, C, 1, H, W) of Gaussian noise."""
@@ -54,6 +73,15 @@ class Noise:
 
     def permutation(self, n: int) -> Tensor:
         return torch.randperm(n, generator=self._generator, device=self.device)
+
+    def choice_alike(self, n: int) -> int:
+        """One of 0 … n − 1, the same on all ranks: where networks are sharded, all must run the same forwards."""
+        return int(torch.randint(n, (), generator=self._alike))
+
+    def uniform(self, n: int) -> Tensor:
+        """(n,) evenly spread over [0, 1): one in each nth of it, in random order, which is less noisy than n draws."""
+        parts = torch.rand(n, generator=self._generator, device=self.device) + torch.arange(n, device=self.device)
+        return (parts / n).clamp(max=1 - 2**-24)[self.permutation(n)]  # rounding would make 1 of the largest
 
 
 def mix_seeds(*parts: int) -> int:
@@ -67,6 +95,13 @@ def mix_seeds(*parts: int) -> int:
     return state >> 1
 
 
+class Remark(NamedTuple):
+    """What an objective has seen, in words for the user."""
+
+    words: str
+    ends_phase: bool
+
+
 class Objective:
     """A loss, and the networks and schedule that go with it. Knows nothing of ranks."""
 
@@ -78,8 +113,15 @@ class Objective:
         return {}
 
     @staticmethod
-    def check(settings, student_steps: int) -> None:
-        """Raises UserError for settings that contradict each other. Called for all phases before weights are loaded."""
+    def check(settings, student_steps: int, steps: int) -> None:
+        """Raises UserError for settings that contradict each other, the student's steps on its grid, or the `steps` of
+        the phase. Called for all phases before weights are loaded."""
+
+    @staticmethod
+    def extra_bytes(settings, student: nn.Module, experts: list[nn.Module]) -> int:
+        """What the objective holds besides student and teacher, which are on the meta device: weights, and 16 bytes a
+        trained parameter."""
+        return 0
 
     def use(self, wrapped: dict[str, nn.Module]) -> None:
         """Takes `networks()` back as training calls them, wrapped for data parallelism: losses must go through these,
@@ -89,6 +131,10 @@ class Objective:
         """The networks that this step updates, in order; each name is one optimizer update."""
         return ("student",)
 
+    def learning_rate(self, network: str, phase_rate: float) -> float:
+        """The peak learning rate of one of `networks()`; the student's is always the phase's."""
+        return phase_rate
+
     def loss(self, network: str, batch: Batch, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to step `network` on, and figures for the log (tensors: they're read only when a row is written)."""
         raise NotImplementedError
@@ -96,11 +142,58 @@ class Objective:
     def after_step(self, step: int) -> None:
         """Called after the step's updates."""
 
+    def steps_without_student(self) -> int:
+        """How many of the phase's first steps train other networks alone: the student's learning rate waits."""
+        return 0
+
+    def look(self, step: int, batch: Batch, noise: Noise, mean: Callable[[Tensor], Tensor]) -> "Remark | None":
+        """Called after each step: something to say of the student, or the end of the phase.
+
+        Args:
+            batch, noise: the step's first micro-batch, to look at the student with.
+            mean: of a tensor over all ranks, so that all decide alike. If one rank calls it, all must.
+        """
+        return None
+
+    def close(self) -> None:
+        """Called when the phase is over: gives back what the objective has put into the teacher's networks."""
+
     def state_dict(self) -> dict:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
         pass
+
+
+class Deck:
+    """Training pairs of one rollout, shuffled and dealt out to a step's updates: none is wasted, none seen twice.
+
+    Each micro-batch has its own pairs, drawn when it has none left.
+    """
+
+    def __init__(self, updates: int) -> None:
+        self.updates, self._left = updates, {}
+
+    def deal(self, noise: Noise, draw: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """This update's share. `draw` gives the pairs' columns, each (N, …), and is called once in `updates`."""
+        if not self._left.get(noise.micro_step):
+            columns = draw()
+            if self.updates == 1:
+                return columns
+            order = noise.permutation(len(columns[0]))
+            self._left[noise.micro_step] = [[c[i] for c in columns] for i in order.tensor_split(self.updates)]
+        return tuple(self._left[noise.micro_step].pop())
+
+
+def distance(prediction: Tensor, target: Tensor, huber_c: float) -> Tensor:
+    """Mean squared error, or, for c > 0, the mean over all elements of pseudo-Huber √(e² + c²) − c.
+
+    Pseudo-Huber: Song & Dhariwal 2023, eq. 8; elementwise as latent consistency models have it.
+    """
+    error = prediction - target
+    if huber_c == 0.0:
+        return error.square().mean()
+    return ((error.square() + huber_c**2).sqrt() - huber_c).mean()
 
 
 def objective_names() -> list[str]:
@@ -116,10 +209,16 @@ def settings_of(name: str) -> type:
     return _file_of(name).Settings
 
 
-def check_objective(name: str, settings: dict, student_steps: int) -> None:
-    """Raises UserError for an objective's settings that contradict each other or the student's steps."""
+def check_objective(name: str, settings: dict, student_steps: int, steps: int) -> None:
+    """Raises UserError for an objective's settings that contradict each other, the student's or the phase's steps."""
     file = _file_of(name)
-    file.Objective.check(file.Settings(**settings), student_steps)
+    file.Objective.check(file.Settings(**settings), student_steps, steps)
+
+
+def extra_bytes(name: str, settings: dict, student: nn.Module, experts: list[nn.Module]) -> int:
+    """What an objective holds besides student and teacher."""
+    file = _file_of(name)
+    return file.Objective.extra_bytes(file.Settings(**settings), student, experts)
 
 
 def build_objective(name: str, setup: Setup, settings: dict) -> Objective:

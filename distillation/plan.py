@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 from config.config import Config, Phase
 from config.errors import UserError
 from data.prompts import holds_half_character, read_prompts
-from distillation.objective import check_objective
+from distillation.objective import check_objective, extra_bytes
 from distributed.process_group import Ranks
 from models.flow import TimeGrid, few_step_grid
 from models.student import StudentSpec, read_student_config
@@ -74,8 +74,6 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
     check_weights(info)
     if config.teacher.guidance_scale_2 is not None and info.boundary_ratio is None:
         raise UserError(f"--guidance_scale_2: {info.name} has one expert; accepted here: --guidance_scale")
-    for phase in config.phases:
-        check_objective(phase.objective, phase.settings, config.student.student_steps)
     shift = config.student.student_shift or info.flow_shift
     prompts = read_prompts(Path(config.data.data_path))
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size
@@ -85,6 +83,7 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
     phases = config.phases
     if len(phases) == 1:
         phases = (replace(phases[0], steps=total_steps),)
+    check_phases(phases, config)
     spec, dtype = read_spec(config, info), resolve_dtype(config.teacher.teacher_dtype, ranks.device)
     memory = memory_needed(config, info, spec, dtype)
     check_memory(memory, info, ranks.device)
@@ -106,21 +105,38 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
     )
 
 
+def check_phases(phases: tuple[Phase, ...], config: Config) -> None:
+    """Raises UserError, which names the phase, for settings that contradict each other or the rest."""
+    for number, phase in enumerate(phases, 1):
+        where = f"[[phase]] {number}, {phase.objective}" if len(phases) > 1 else f"--objective {phase.objective}"
+        try:
+            check_objective(phase.objective, phase.settings, config.student.student_steps, phase.steps)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        if phase.objective == "dmd" and config.teacher.teacher_device_strategy == "cpu":
+            raise UserError(
+                f"{where}: trains fake scores on the teacher's experts, which --teacher_device_strategy cpu keeps off "
+                "the GPU; accepted: auto, replicate"
+            )
+
+
 def memory_needed(config: Config, info: TeacherInfo, spec: StudentSpec, dtype: torch.dtype) -> dict[str, float]:
     """GB (10⁹ bytes) that each rank's device must hold, by part. Without activations and text: a lower bound."""
 
-    def billions(transformer_config: dict) -> float:
-        with torch.device("meta"):
-            network = WanTransformer3DModel.from_config(transformer_config)
-        return sum(p.numel() for p in network.parameters()) / 1e9
+    with torch.device("meta"):
+        student = WanTransformer3DModel.from_config(spec.transformer_config)
+        experts = [WanTransformer3DModel.from_config(c) for c in info.transformer_configs.values()]
 
-    student = billions(spec.transformer_config)
+    def billions(*networks: WanTransformer3DModel) -> float:
+        return sum(p.numel() for network in networks for p in network.parameters()) / 1e9
+
     # Float32 weights, gradients, and AdamW's two moments; the average is one more copy of the weights.
-    needed = {"student and AdamW": student * (20 if config.optimization.use_ema else 16)}
+    needed = {"student and AdamW": billions(student) * (20 if config.optimization.use_ema else 16)}
     if config.teacher.teacher_device_strategy != "cpu":
-        teacher = sum(billions(c) for c in info.transformer_configs.values())
-        needed["teacher"] = teacher * dtype.itemsize
-    return needed
+        needed["teacher"] = billions(*experts) * dtype.itemsize
+    extra = [(extra_bytes(p.objective, p.settings, student, experts), p.objective) for p in config.phases]
+    largest, objective = max(extra)  # phases come one after the other
+    return needed | ({f"{objective}'s own networks": largest / 1e9} if largest else {})
 
 
 def check_memory(needed: dict[str, float], info: TeacherInfo, device: torch.device) -> None:
@@ -132,7 +148,8 @@ def check_memory(needed: dict[str, float], info: TeacherInfo, device: torch.devi
         parts = " and ".join(f"{name} {size:.0f} GB" for name, size in needed.items())
         raise UserError(
             f"--teacher_path {info.name}: each rank needs {parts}, besides activations, and this GPU has "
-            f"{there:.0f} GB; lower num_layers in --student_config, take a smaller teacher, or --teacher_on_cpu (slow)"
+            f"{there:.0f} GB; lower num_layers in --student_config, take a smaller teacher, or --teacher_on_cpu "
+            '(slow; with dmd: fake_score = "lora")'
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,34 +26,59 @@ class Progress:
         self.path, self.every, self.prompts_per_step, self.ranks = path, every, prompts_per_step, ranks
         self.bar = tqdm(total=total_steps, desc="training", unit="step", disable=not ranks.is_main, dynamic_ncols=True)
         self.total_steps = total_steps
-        self._seconds, self._steps, self._sums = 0.0, 0, {}
+        self._seconds, self._steps, self._sums, self._counts = 0.0, 0, {}, {}
         self._resumed = time.perf_counter()
 
-    def advance(self, step: int, epoch: int, phase: int, objective: str, figures: dict, trained: dict[str, Trained]):
-        """Count a step and, where a row is due, write it. All ranks call it: a row is the mean over them."""
+    def advance(
+        self,
+        step: int,
+        epoch: int,
+        phase: int,
+        objective: str,
+        figures: dict,
+        trained: dict[str, Trained],
+        ends_phase: bool,
+    ) -> None:
+        """Count a step and, where a row is due, write it: every so many steps, and at the end of a phase, so that no
+        row mixes two. All ranks call it: a row is the mean over them."""
         self._steps += 1
         for key, value in figures.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
+            self._counts[key] = self._counts.get(key, 0) + 1  # not every step updates every network
         self.bar.update()
-        if step % self.every and step != self.total_steps:
+        if step % self.every and not ends_phase:
             return
         keys = sorted(self._sums)
         sums = torch.stack(
-            [torch.as_tensor(self._sums[k], dtype=torch.float32, device=self.ranks.device) for k in keys]
+            [
+                torch.as_tensor(self._sums[k] / self._counts[k], dtype=torch.float32, device=self.ranks.device)
+                for k in keys
+            ]
         )
-        means = mean_over_ranks(sums / self._steps).tolist()
+        means = mean_over_ranks(sums).tolist()
         self._seconds += time.perf_counter() - self._resumed
         step_seconds = self._seconds / self._steps
         row = {"step": step, "epoch": epoch, "phase": phase, "objective": objective}
         row |= dict(zip(keys, means, strict=True))
         row |= {"lr" if name == "student" else f"{name}_lr": t.learning_rate for name, t in trained.items()}
         row |= {"step_seconds": step_seconds, "samples_per_second": self.prompts_per_step / step_seconds}
-        self._seconds, self._steps, self._sums = 0.0, 0, {}
+        self._seconds, self._steps, self._sums, self._counts = 0.0, 0, {}, {}
         self._resumed = time.perf_counter()
         if self.ranks.is_main:
             self._write(row)
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(f"the loss is {row['loss']} at step {step} ({objective}); lower --learning_rate")
+        for name, value in losses(row).items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} at step {step} ({objective}); lower its learning rate")
+
+    def say(self, words: str) -> None:
+        """A line above the bar."""
+        if self.ranks.is_main:
+            self.bar.write(words, file=sys.stderr)
+
+    def skip(self, steps: int) -> None:
+        """A phase has ended `steps` before its time: the run is shorter by them."""
+        self.total_steps -= steps
+        self.bar.total -= steps
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -70,4 +96,11 @@ class Progress:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             file.write(json.dumps(finite) + "\n")
         speed = f"{row['samples_per_second']:.1f} prompts/s"
-        self.bar.set_postfix_str(f"{row['objective']} loss {row['loss']:.4f}, lr {row['lr']:.2g}, {speed}")
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in losses(row).items())
+        self.bar.set_postfix_str(f"{row['objective']} {shown}, lr {row['lr']:.2g}, {speed}")
+
+
+def losses(row: dict) -> dict[str, float]:
+    """The losses of a row, the student's first. A row of steps that updated other networks alone has none of its."""
+    names = [name for name in row if name == "loss" or name.endswith("_loss")]
+    return {name: row[name] for name in sorted(names, key=lambda name: name != "loss")}

@@ -13,6 +13,9 @@ class Trained:
     """A network, its wrapper, optimizer, learning-rate schedule and loss scaler: one each, shared with no other.
 
     Made anew for each phase, so that a phase starts with its own rates and without the moments of the one before.
+
+    Args:
+        learning_rate, steps: of its schedule, where they are not the phase's.
     """
 
     def __init__(
@@ -22,13 +25,15 @@ class Trained:
         phase: Phase,
         ranks: Ranks,
         wrapped: nn.Module | None = None,
+        learning_rate: float | None = None,
+        steps: int | None = None,
     ) -> None:
         self.network, self.wrapped = network, wrapped or wrap(network, ranks)
         self.max_grad_norm = settings.max_grad_norm
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=phase.learning_rate,
+            lr=phase.learning_rate if learning_rate is None else learning_rate,
             betas=(settings.adam_beta1, settings.adam_beta2),
             weight_decay=settings.adam_weight_decay,
             eps=settings.adam_epsilon,
@@ -36,7 +41,10 @@ class Trained:
             fused=ranks.device.type == "cuda" or None,
         )
         self.lr_scheduler = get_scheduler(
-            phase.lr_scheduler, self.optimizer, num_warmup_steps=phase.lr_warmup_steps, num_training_steps=phase.steps
+            phase.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=phase.lr_warmup_steps,
+            num_training_steps=steps or phase.steps,
         )
         # Only fp16 needs its losses scaled; disabled, the scaler hands everything through.
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.mixed_precision == "fp16")

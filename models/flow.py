@@ -18,6 +18,11 @@ def per_sample(t: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
     return t.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def unshift_time(t: float, shift: float) -> float:
+    """u of `shift_time`."""
+    return t / (shift - (shift - 1) * t)
+
+
 def shift_time(u: torch.Tensor, shift: float) -> torch.Tensor:
     """t = s·u / (1 + (s − 1)·u): spends more of a uniform grid at high noise when s > 1 (Esser et al. 2024, eq. 23)."""
     return shift * u / (1 + (shift - 1) * u)
@@ -27,6 +32,27 @@ def add_noise(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor | float) ->
     """x_t on the straight path from `x0` (t = 0) to `noise` (t = 1)."""
     t = per_sample(t, x0)
     return (1 - t) * x0 + t * noise
+
+
+def add_more_noise(
+    x_s: torch.Tensor, noise: torch.Tensor, s: float, t: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From a state at level s on to levels t > s, and what a network that knows only x_s learns the velocity from.
+
+    x_t = α·x_s + β·ε with α = (1 − t)/(1 − s), β² = t² − α²·s². With v* = −x_s/(1 − s) + (t − β²)/((1 − t)·β)·ε, which
+    is ε − x₀ at s = 0, E[v* | x_t] is the velocity of the x_t's distribution (Phased DMD, 2510.27684).
+
+    The noise that x_s has already cannot be told from ε: v* scatters by s/((1 − s)·β) around what x_t tells, besides
+    what is open of x₀, a spread of about 1.
+
+    Returns:
+        x_t and v*, (B, C, 1, H, W), and the inverse of v*'s variance, (B, 1, 1, 1, 1): 1 at s = 0.
+    """
+    t = per_sample(t, x_s)
+    alpha = (1 - t) / (1 - s)
+    beta = (t.square() - (alpha * s).square()).sqrt()
+    velocity = -x_s / (1 - s) + (t - beta.square()) / ((1 - t) * beta) * noise
+    return alpha * x_s + beta * noise, velocity, 1 / (1 + (s / ((1 - s) * beta)).square())
 
 
 def velocity_to_x0(x_t: torch.Tensor, v: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
@@ -79,7 +105,7 @@ def refine_grid(grid: TimeGrid, substeps: int, shift: float) -> TimeGrid:
 
     For a teacher, which knows any t: the network is told the sigmas as they are.
     """
-    u = [sigma / (shift - (shift - 1) * sigma) for sigma in grid.sigmas]  # shift_time, inverted
+    u = [unshift_time(sigma, shift) for sigma in grid.sigmas]
     sigmas = []
     for k in range(len(grid)):
         sigmas.append(grid.sigmas[k])

@@ -220,6 +220,10 @@ class Teacher:
         """The same without guidance."""
         return self._by_expert(lambda expert, *args: expert.field(*args), x_t, t, prompt_embeds)
 
+    def in_charge(self, t: float) -> int:
+        """The index of the expert for a time."""
+        return next(i for i, expert in enumerate(self.experts) if t >= expert.t_min)
+
     def _guided(self, expert: Expert, x_t: torch.Tensor, t: float | torch.Tensor, prompt_embeds: torch.Tensor):
         if expert.guidance_scale == 1.0:
             return expert.field(x_t, t, prompt_embeds)
@@ -235,8 +239,7 @@ class Teacher:
     def _by_expert(self, velocity, x_t: torch.Tensor, t: float | torch.Tensor, prompt_embeds: torch.Tensor):
         """`velocity(expert, x_t, t, prompt_embeds)` with the expert in charge of each sample's t."""
         if not isinstance(t, torch.Tensor) or t.ndim == 0:  # one expert for all, and no look at the GPU
-            expert = next(e for e in self.experts if t >= e.t_min)
-            return velocity(expert, x_t, t, prompt_embeds)
+            return velocity(self.experts[self.in_charge(t)], x_t, t, prompt_embeds)
         t, out, upper = t.expand(len(x_t)), torch.empty_like(x_t), torch.inf
         for expert in self.experts:
             rows = ((t >= expert.t_min) & (t < upper)).nonzero()[:, 0].to(x_t.device)

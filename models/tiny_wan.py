@@ -2,7 +2,7 @@
 
     python -m models.tiny_wan                 # from nothing; stop it at any time, the same command goes on
     python -m models.tiny_wan --measure       # how well the VAE in models/tiny_wan gives pictures back
-    python benchmarks/quality.py              # how many captions the whole pipeline draws right
+    python benchmarks/quality.py --guidance_scale_2 2   # how many captions the whole pipeline draws right
 
 It is Wan2.2-T2V-A14B in small: a causal video VAE, a UMT5 text encoder and two experts, trained on drawn scenes
 (`data/scenes.py`). First the VAE; then the text encoder learns to read captions; then one transformer together with

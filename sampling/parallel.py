@@ -49,6 +49,7 @@ class Round:
     weights: str = "raw"  # "raw", "ema", or "teacher"
     sampler: str = "ddim"
     eta: float = 0.0
+    phase: str = ""  # what the weights have just been trained with, such as "2 dmd"
 
     @property
     def prefix(self) -> str:
@@ -73,6 +74,7 @@ class Row:
     weights: str
     height: int
     width: int
+    phase: str = ""
     seconds: float = 0.0
     ok: bool = False
     error: str | None = None
@@ -261,6 +263,7 @@ class ParallelSampler:
             eta=round_.eta,
             shift=round_.shift,
             weights=round_.weights,
+            phase=round_.phase,
             height=round_.height,
             width=round_.width,
         )

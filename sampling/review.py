@@ -176,6 +176,8 @@ def _cell(row: dict) -> str:
         return f"<div class=failed>failed: {html.escape(row['error'] or '')}</div>"
     file, prompt = html.escape(row["file"], quote=True), html.escape(row["prompt"], quote=True)
     facts = f"step {row['step']} · seed {row['seed']} · {row['num_inference_steps']} steps"
+    if row.get("phase"):
+        facts += f" · phase {html.escape(row['phase'])}"
     return f'<a href="{file}"><img src="{file}" alt="{prompt}" loading="lazy"></a><small>{facts}</small>'
 
 

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from diffusers import WanPipeline
+from PIL import Image
 
-from benchmarks import quality
+from benchmarks import features, quality
 from data.scenes import draw, parse_caption
 
 CAPTIONS = quality.held_out_captions(4, seed=0)
@@ -70,11 +72,30 @@ def test_command(random_single_pipeline_dir, tmp_path, capsys):
     teacher, student = str(random_single_pipeline_dir), tmp_path / "student"
     student.symlink_to(random_single_pipeline_dir)
     out = ["--grid", str(tmp_path / "new" / "grid.png"), "--json", str(tmp_path / "figures.json"), "--problems"]
-    size = ["--count", "3", "--teacher_steps", "2", "--student_steps", "1", "--threads", "1"]
+    size = ["--count", "3", "--teacher_steps", "2", "--student_steps", "1", "--threads", "1", "--no_features"]
     quality.main(["--teacher", teacher, "--student", str(student), *size, *out])
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert [(r["role"], r["steps"], r["forwards_per_picture"]) for r in rows] == [("teacher", 2, 4), ("student", 1, 1)]
     assert "captions right" in capsys.readouterr().out and (tmp_path / "new" / "grid.png").stat().st_size > 1000
+
+
+def mean_colours(pictures: list[Image.Image]) -> torch.Tensor:
+    return torch.stack([torch.tensor(np.asarray(p)).double().mean((0, 1)) for p in pictures])
+
+
+def test_command_compares_with_the_teacher_s_other_pictures(random_single_pipeline_dir, tmp_path, monkeypatch):
+    """With the pictures' mean colours in the network's place: the teacher against itself is what it should be."""
+    monkeypatch.setattr(quality, "Features", lambda device: mean_colours)
+    monkeypatch.setattr(quality, "DIVERSITY_CAPTIONS", 2)
+    monkeypatch.setattr(quality, "DIVERSITY_SEEDS", 2)
+    teacher, out = str(random_single_pipeline_dir), tmp_path / "figures.json"
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na fish\n")
+    size = ["--teacher_steps", "2", "1", "--threads", "1", "--height", "32", "--width", "48"]
+    prompts = ["--prompts", str(tmp_path / "prompts.txt")]
+    quality.main(["--teacher", teacher, "--features", "--json", str(out), *size, *prompts])
+    same, fewer = json.loads(out.read_text())["rows"]
+    assert same["diversity"] == 1 and same["frechet"] > 0 and same["contrast"] == pytest.approx(1, abs=0.5)
+    assert fewer["diversity"] != 1 and "right" not in same
 
 
 def test_a_folder_without_a_pipeline_is_one_line(random_single_pipeline_dir, tmp_path, capsys):
@@ -82,3 +103,43 @@ def test_a_folder_without_a_pipeline_is_one_line(random_single_pipeline_dir, tmp
         quality.main(["--teacher", str(random_single_pipeline_dir), "--student", str(tmp_path), "--threads", "1"])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith(f"error: --student {tmp_path}: ") and said.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------ features
+
+
+def test_frechet_distance_is_the_formula_s():
+    torch.manual_seed(0)
+    a, b = torch.randn(200, 5).double(), torch.randn(150, 5).double() @ torch.randn(5, 5).double() + 0.3
+    covariances = [torch.cov(x.T) for x in (a, b)]
+    values, vectors = torch.linalg.eigh(covariances[0])
+    root = vectors @ values.sqrt().diag() @ vectors.T
+    shared = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + sum(c.trace() for c in covariances) - 2 * shared
+    assert features.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-9)
+    assert features.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert features.frechet_distance(a, a + 0.5) == pytest.approx(5 * 0.25, rel=1e-9)
+
+
+def test_mean_distance_counts_pairs_of_one_group_alone():
+    points = torch.tensor([[0.0], [1.0], [3.0], [100.0], [100.0], [106.0]]).double()
+    assert features.mean_distance(points, 3) == pytest.approx((2 + 4) / 2)  # (1 + 2 + 3) / 3 and (0 + 6 + 6) / 3
+
+
+def test_contrast_and_saturation_of_known_pictures():
+    half = np.zeros((8, 8, 3), np.uint8)
+    half[:4] = 200
+    red = np.zeros((8, 8, 3), np.uint8)
+    red[..., 0] = 150
+    pictures = [Image.fromarray(half), Image.fromarray(red)]
+    assert features.contrast(pictures) == pytest.approx(50) and features.saturation(pictures) == pytest.approx(75)
+
+
+def test_features_of_a_picture_do_not_depend_on_its_batch():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pictures = [draw(parse_caption(caption), random.Random(0)) for caption in CAPTIONS]
+    network = features.Features()
+    together, alone = network(pictures), network(pictures, batch_size=1)
+    assert together.shape == (4, 1280)
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
+    assert torch.cdist(together, together).sum() / 12 > 1

@@ -1,5 +1,7 @@
 """The objectives' pairs and jumps against rollouts written out in the test, in float64."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -7,15 +9,18 @@ from torch import nn
 from config.errors import UserError
 from data.prompt_embeddings import Batch
 from distillation.objective import (
+    Deck,
     Noise,
     Setup,
     build_objective,
     check_objective,
+    distance,
     mix_seeds,
     objective_names,
     settings_of,
 )
 from models.flow import few_step_grid
+from models.teacher import Expert, Teacher
 
 SHIFT, NUM_STEPS, SUBSTEPS, BATCH, LATENT = 3.0, 4, 3, 3, (2, 1, 2, 2)
 GRID = few_step_grid(NUM_STEPS, SHIFT)
@@ -169,9 +174,9 @@ def test_velocity_keeps_micro_batches_apart(teacher, student, batch):
 
 def test_velocity_refuses_more_updates_than_states():
     settings = {"teacher_substeps": SUBSTEPS, "updates_per_rollout": 12}
-    check_objective("velocity", settings, NUM_STEPS)
+    check_objective("velocity", settings, NUM_STEPS, 10)
     with pytest.raises(UserError, match="updates_per_rollout 13.* 12 states"):
-        check_objective("velocity", settings | {"updates_per_rollout": 13}, NUM_STEPS)
+        check_objective("velocity", settings | {"updates_per_rollout": 13}, NUM_STEPS, 10)
 
 
 # ------------------------------------------------------------------------------------------------ trajectory
@@ -273,3 +278,75 @@ def test_seeds_of_neighbours_have_nothing_in_common():
     flipped = [bin(a ^ b).count("1") for a, b in zip(seeds[:-1], seeds[1:], strict=True)]
     assert 30 < sum(flipped) / len(flipped) < 33  # half of 63 bits
     assert mix_seeds(1, 2) != mix_seeds(2, 1)
+
+
+def test_a_choice_is_alike_on_all_ranks_and_not_on_all_steps():
+    def choices(rank: int, update: int = 0) -> list[int]:
+        return [Noise(1, rank, step, update).choice_alike(4) for step in range(40)]
+
+    assert choices(0) == choices(3) != choices(0, update=1)
+    assert set(choices(0)) == {0, 1, 2, 3}
+
+
+def test_uniform_noise_covers_its_range_evenly():
+    u = noise_of().uniform(50)
+    assert sorted((u * 50).long().tolist()) == list(range(50))
+    assert not torch.equal(u, u.sort().values)
+
+
+def test_a_deck_deals_every_pair_once():
+    deck, drawn = Deck(3), []
+
+    def draw():
+        drawn.append(None)
+        return torch.arange(10), torch.arange(10) * 2
+
+    hands = [deck.deal(noise_of(update), draw) for update in range(3)]
+    assert len(drawn) == 1 and sorted(torch.cat([h[0] for h in hands]).tolist()) == list(range(10))
+    assert all(torch.equal(2 * a, b) for a, b in hands)
+
+
+def test_pseudo_huber_is_quadratic_near_and_linear_far():
+    zero, near, far = torch.zeros(1), torch.full((1,), 1e-4), torch.full((1,), 10.0)
+    assert distance(near, zero, 1e-2).item() == pytest.approx(1e-8 / 2 / 1e-2, rel=1e-3)
+    assert distance(far, zero, 1e-2).item() == pytest.approx(10 - 1e-2, rel=1e-5)
+    assert distance(far, zero, 0.0).item() == 100
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    "name, settings, words",
+    [
+        ("trajectory", {"jumps": 6}, "jumps 6.*multiples"),
+        ("trajectory", {"teach": "student", "teacher_substeps": 1}, "teacher_substeps 1"),
+        ("consistency", {"states": "student", "updates_per_rollout": 2}, "updates_per_rollout 2.* 1 pair"),
+        ("consistency", {"updates_per_rollout": 49}, "updates_per_rollout 49.* 48 pair"),
+        ("dmd", {"fake_warmup_steps": 10}, "fake_warmup_steps 10.*accepted: 0 to 9"),
+        ("dmd", {"contrast_warning": 0.3}, "contrast_warning 0.3.*contrast_stop 0.15"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(name, settings, words):
+    with pytest.raises(UserError, match=words):
+        check_objective(name, settings, NUM_STEPS, 10)
+
+
+def test_dmd_trains_each_expert_s_fake_score_by_its_share_of_the_times():
+    def field():
+        return types.SimpleNamespace(transformer=nn.Linear(1, 1), dtype=torch.float64)
+
+    experts = [Expert(field(), 1.0, 0.875), Expert(field(), 1.0, 0.0)]
+    setup = Setup(Teacher(experts, torch.zeros(1, 4)), None, GRID, SHIFT, first_step=100)
+    objective = build_objective("dmd", setup, {"fake_score": "full", "fake_updates": 2, "fake_warmup_steps": 3})
+    plans = [objective.schedule(step) for step in range(100, 1100)]
+    assert all(len(p) == 2 and "student" not in p for p in plans[:3])
+    assert all(len(p) == 3 and p[2] == "student" and p[0] == p[1] for p in plans[3:])
+    # At shift 3 the boundary .875 lies at u = .7, of scores' u from .02 to .98.
+    share = sum(p[0] == "fake_score" for p in plans) / len(plans)
+    assert share == pytest.approx((0.98 - 0.7) / 0.96, abs=0.01)
+    # Before the shift: .7 is the boundary, .5 the level .75 that the second step leads to.
+    for expert, level, expected in [(0, 0.0, (0.7, 0.98)), (1, 0.0, (0.02, 0.7)), (1, 0.75, (0.52, 0.7))]:
+        assert objective._score_range(expert, level) == pytest.approx(expected, abs=1e-9)
+    low, high = objective._score_range(1, 0.9)  # the first step leads beyond the low-noise expert's times
+    assert low > high

@@ -30,7 +30,7 @@ ROUND = Round(PROMPTS, epoch=3, step=120, grid=few_step_grid(4, SHIFT), shift=SH
 # The manifest's columns, as tools that read it expect them.
 COLUMNS = [
     "file", "prompt", "prompt_index", "epoch", "step", "rank", "seed", "sampler", "num_inference_steps", "eta", "shift",
-    "weights", "height", "width", "seconds", "ok", "error", "scores",
+    "weights", "height", "width", "phase", "seconds", "ok", "error", "scores",
 ]  # fmt: skip
 
 

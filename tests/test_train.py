@@ -27,7 +27,7 @@ PROGRAM = str(ROOT / "train_distillation.py")
 PROMPTS = ["a cat", "a dog on a hill", "some bird", "a fish", "five green apples"]
 KEYS = {
     "file", "prompt", "prompt_index", "epoch", "step", "rank", "seed", "sampler", "num_inference_steps", "eta", "shift",
-    "weights", "height", "width", "seconds", "ok", "error", "scores",
+    "weights", "phase", "height", "width", "seconds", "ok", "error", "scores",
 }  # fmt: skip
 
 
@@ -128,6 +128,53 @@ def test_failing_rank_ends_the_job_within_seconds_and_is_named(random_pipeline_d
     assert "rank 1 failed: RuntimeError: a fault put here by the test" in done.stderr
     assert time.monotonic() - started < 60
     assert read_rows(tmp_path / "out" / "metrics.jsonl"), "what was written before the fault is kept"
+
+
+@pytest.mark.torchrun
+def test_phases_of_all_objectives_run_through_and_a_drift_of_contrast_ends_one(random_pipeline_dir, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("""
+        [[phase]]
+        objective = "trajectory"
+        states = "student"
+        steps = 1
+        [[phase]]
+        objective = "consistency"
+        target_decay = 0.9
+        teacher_substeps = 2
+        steps = 1
+        [[phase]]
+        objective = "dmd"
+        fake_score = "lora"
+        fake_lora_rank = 2
+        fake_warmup_steps = 1
+        anchor_weight = 0.1
+        steps = 2
+        [[phase]]
+        objective = "dmd"
+        fake_score = "full"
+        fake_learning_rate = 1e-4
+        fake_updates = 2
+        contrast_every = 2
+        contrast_warning = 1e-6
+        contrast_stop = 1e-6
+        steps = 50
+    """)
+    given = flags(random_pipeline_dir, tmp_path / "out", "--config", str(recipe))
+    at = given.index("--num_steps")
+    done = torchrun(PROGRAM, *given[:at], *given[at + 2 :])
+    assert done.returncode == 0, done.stderr
+    assert "step 7: contrast is" in done.stderr and "dmd ends here" in done.stderr
+    rows = read_rows(tmp_path / "out" / "metrics.jsonl")
+    assert [(row["step"], row["phase"], row["objective"]) for row in rows] == [
+        (1, 1, "trajectory"), (2, 2, "consistency"), (3, 3, "dmd"), (4, 3, "dmd"), (5, 4, "dmd"), (6, 4, "dmd"),
+        (7, 4, "dmd"),
+    ]  # fmt: skip
+    assert "loss" not in rows[2] and "anchor" in rows[3] and rows[4]["fake_score_2_lr"] == 1e-4
+    drawn = read_rows(tmp_path / "out" / "samples" / "manifest.jsonl")
+    phases = {row["step"]: row["phase"] for row in drawn}
+    assert phases == {2: "2 consistency", 4: "3 dmd", 6: "4 dmd", 7: "4 dmd"}
+    assert "phase 4 dmd" in (tmp_path / "out" / "samples" / "index.html").read_text()
 
 
 def test_second_run_encodes_nothing_and_the_same_seed_trains_the_same(random_pipeline_dir, tmp_path):

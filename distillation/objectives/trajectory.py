@@ -1,47 +1,110 @@
-"""Finite jumps on the student's own grid: L = ‖v_θ(x_k, t_k, c) − (x_k − x_{k+1}) / (t_k − t_{k+1})‖².
+"""Finite jumps on the student's own grid: L = d(v_θ(x_k, t_k, c), (x_k − x_{k+1}) / (t_k − t_{k+1})).
 
-The x's lie on one guided teacher trajectory whose fine grid contains the student's, so that one Euler step of the
-student lands where several of the teacher's do. (Progressive distillation, Salimans & Ho 2022, in a single round.)
+From x_k to x_{k+1} leads the teacher, in several guided steps; the student learns to land there in one Euler step.
+The x_k lie on one trajectory of the teacher from noise (Salimans & Ho 2022, in a single round), or, with
+`states = "student"`, on the student's own: it learns at the states that it will meet, and to make up for its earlier
+errors (as π-Flow imitates its teacher, Chen et al. 2025).
+
+Progressive distillation in several rounds is a phase a round: `jumps = 16`, then `jumps = 8` and so on with
+`teach = "student"` and `teacher_substeps = 2`: a copy of the student as the phase finds it, in the teacher's place, and
+two of its jumps for each new one.
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
-from config.settings import AT_LEAST_ONE, setting
+from config.errors import UserError
+from config.settings import AT_LEAST_ONE, NOT_NEGATIVE, setting
 from data.prompt_embeddings import Batch
 from distillation import objective
-from distillation.objective import Noise, read_text
-from models.flow import refine_grid
+from distillation.objective import Deck, Noise, distance, read_text
+from models.flow import TimeGrid, few_step_grid, refine_grid
 from sampling.ddim import rollout
 
 
 @dataclass(frozen=True)
 class Settings:
     teacher_substeps: int = setting(4, "teacher steps for each of the student's", bound=AT_LEAST_ONE)
+    states: str = setting("teacher", "whose rollouts the states are from", choices=("teacher", "student"))
+    teach: str = setting(
+        "teacher", "who shows the jumps; student: a copy as of the phase's start", choices=("teacher", "student")
+    )
+    jumps: int = setting(0, "steps of the grid that this phase trains on; 0: the student's own", bound=NOT_NEGATIVE)
+    updates_per_rollout: int = setting(
+        1, "optimizer updates that share a rollout's states between them", bound=AT_LEAST_ONE
+    )
+    huber_c: float = setting(0.0, "pseudo-Huber's c; 0 for squared error", bound=NOT_NEGATIVE)
 
 
 class Objective(objective.Objective):
-    """Cost: `teacher_substeps` × student steps guided forwards a prompt, for one training pair a student step."""
+    """Cost: `teacher_substeps` × jumps guided forwards a prompt, for one training pair a jump."""
 
     def __init__(self, setup: objective.Setup, settings: Settings) -> None:
         super().__init__(setup, settings)
-        self.grid = refine_grid(setup.grid, settings.teacher_substeps, setup.shift)
+        self.grid = few_step_grid(settings.jumps, setup.shift) if settings.jumps else setup.grid
+        self.fine_grid = refine_grid(self.grid, settings.teacher_substeps, setup.shift)
+        self.deck = Deck(settings.updates_per_rollout)
+        self.guide = setup.frozen_student()[1] if settings.teach == "student" else setup.teacher
+
+    @staticmethod
+    def check(settings: Settings, student_steps: int, steps: int) -> None:
+        if settings.jumps % student_steps:
+            raise UserError(
+                f"jumps {settings.jumps}: the student draws in {student_steps} steps; accepted are multiples of that"
+            )
+        jumps = settings.jumps or student_steps
+        if settings.updates_per_rollout > jumps:
+            raise UserError(
+                f"updates_per_rollout {settings.updates_per_rollout}: a rollout has {jumps} jumps a prompt, one at "
+                f"least for each update; accepted: 1 to {jumps}"
+            )
+        if settings.teach == "student" and settings.teacher_substeps == 1:
+            raise UserError(
+                'teacher_substeps 1: with teach = "student", a jump of one step teaches nothing; accepted: 2 or more'
+            )
+
+    @staticmethod
+    def extra_bytes(settings: Settings, student: nn.Module, experts: list[nn.Module]) -> int:
+        return 4 * sum(p.numel() for p in student.parameters()) if settings.teach == "student" else 0
+
+    def schedule(self, step: int) -> tuple[str, ...]:
+        return ("student",) * self.settings.updates_per_rollout
 
     def loss(self, network: str, batch: Batch, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        start = noise.latents(len(batch.prompt_indices))
-        text = read_text(batch, start)
-        states, targets = self._jumps(start, text)
-        times = torch.tensor(self.setup.grid.times, device=start.device).repeat_interleave(len(start))  # (K·B,)
-        v = self.setup.student(states, times, text.repeat(len(self.setup.grid), 1, 1))
-        errors = (v - targets).square().mean((1, 2, 3, 4)).view(len(self.setup.grid), -1).mean(1)  # (K,)
-        return F.mse_loss(v, targets), {f"loss_step_{k}": e.detach() for k, e in enumerate(errors)}
+        k, x_k, text, target = self.deck.deal(noise, lambda: self._pairs(batch, noise))
+        v = self.setup.student(x_k, torch.tensor(self.grid.times, device=x_k.device)[k], text)
+        errors = (v - target).detach().square().mean((1, 2, 3, 4))  # (n,)
+        steps = [errors[k == step] for step in range(len(self.grid))]
+        # Ranks average these: each must have them all, also of a step that its share happens to lack.
+        figures = {f"loss_step_{i}": (e if len(e) else errors).mean() for i, e in enumerate(steps)}
+        return distance(v, target, self.settings.huber_c), figures
 
     @torch.no_grad()
-    def _jumps(self, start: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """States at the student's levels and the constant velocities between them, both (K·B, C, 1, H, W)."""
-        states = rollout(self.setup.teacher, start, self.grid, text).states[:: self.settings.teacher_substeps]
-        sigmas = self.setup.grid.sigmas
-        jumps = [(states[k] - states[k + 1]) / (sigmas[k] - sigmas[k + 1]) for k in range(len(states) - 1)]
+    def _pairs(self, batch: Batch, noise: Noise) -> tuple[torch.Tensor, ...]:
+        """All jumps of a rollout of K steps: their numbers, states, texts and velocities, each (K·B, …)."""
+        start = noise.latents(len(batch.prompt_indices))
+        text, jumps = read_text(batch, start), len(self.grid)
+        find = self._along_own if self.settings.states == "student" else self._along_teacher
+        states, targets = find(start, text)
+        numbers = torch.arange(jumps, device=start.device).repeat_interleave(len(start))
+        return numbers, states, text.repeat(jumps, 1, 1), targets
+
+    @torch.no_grad()
+    def _along_teacher(self, start: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """States at the grid's levels and the constant velocities between them, both (K·B, C, 1, H, W)."""
+        states = rollout(self.guide, start, self.fine_grid, text).states[:: self.settings.teacher_substeps]
+        sigmas = self.grid.sigmas
+        jumps = [(states[k] - states[k + 1]) / (sigmas[k] - sigmas[k + 1]) for k in range(len(self.grid))]
         return torch.cat(states[:-1]), torch.cat(jumps)
+
+    @torch.no_grad()
+    def _along_own(self, start: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same at the states of the student's rollout: from each of them the teacher leads on to the next level."""
+        states = rollout(self.setup.student, start, self.grid, text).states[:-1]
+        jumps, n = [], self.settings.teacher_substeps
+        for k, x in enumerate(states):
+            part = TimeGrid(self.fine_grid.sigmas[k * n : (k + 1) * n + 1], self.fine_grid.times[k * n : (k + 1) * n])
+            jumps.append((x - rollout(self.guide, x, part, text).latents) / (part.sigmas[0] - part.sigmas[-1]))
+        return torch.cat(states), torch.cat(jumps)

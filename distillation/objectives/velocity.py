@@ -14,7 +14,7 @@ from config.errors import UserError
 from config.settings import AT_LEAST_ONE, setting
 from data.prompt_embeddings import Batch
 from distillation import objective
-from distillation.objective import Noise, read_text
+from distillation.objective import Deck, Noise, read_text
 from models.flow import refine_grid
 from sampling.ddim import rollout
 
@@ -33,35 +33,29 @@ class Objective(objective.Objective):
     def __init__(self, setup: objective.Setup, settings: Settings) -> None:
         super().__init__(setup, settings)
         self.grid = refine_grid(setup.grid, settings.teacher_substeps, setup.shift)
-        self._pairs: dict[int, list[tuple]] = {}  # by micro-batch: what its rollout left for the step's later updates
+        self.deck = Deck(settings.updates_per_rollout)
 
     @staticmethod
-    def check(settings: Settings, student_steps: int) -> None:
+    def check(settings: Settings, student_steps: int, steps: int) -> None:
         states = student_steps * settings.teacher_substeps
         if settings.updates_per_rollout > states:
             raise UserError(
                 f"updates_per_rollout {settings.updates_per_rollout}: a teacher's rollout has {states} states "
-                "(student steps × teacher_substeps), one at least for each update"
+                f"(student steps × teacher_substeps), one at least for each update; accepted: 1 to {states}"
             )
 
     def schedule(self, step: int) -> tuple[str, ...]:
         return ("student",) * self.settings.updates_per_rollout
 
     def loss(self, network: str, batch: Batch, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        if noise.update == 0:
-            self._pairs[noise.micro_step] = self._draw_pairs(batch, noise)
-        x_t, t, prompt_embeds, target = self._pairs[noise.micro_step].pop()
-        return F.mse_loss(self.setup.student(x_t, t, prompt_embeds), target), {}
+        x_t, t, text, target = self.deck.deal(noise, lambda: self._pairs(batch, noise))
+        return F.mse_loss(self.setup.student(x_t, t, text), target), {}
 
     @torch.no_grad()
-    def _draw_pairs(self, batch: Batch, noise: Noise) -> list[tuple]:
-        """All pairs of one guided rollout, shuffled and dealt out to the step's updates: (x_t, t, text, v_T) each."""
+    def _pairs(self, batch: Batch, noise: Noise) -> tuple[torch.Tensor, ...]:
+        """All of one guided rollout's n steps: x_t, t, text, v_T, each (n·B, …)."""
         start = noise.latents(len(batch.prompt_indices))
-        text = read_text(batch, start)
+        text, n = read_text(batch, start), len(self.grid)
         teacher = rollout(self.setup.teacher, start, self.grid, text)
-        n, size = len(self.grid), len(start)
-        states, targets = torch.cat(teacher.states[:-1]), torch.cat(teacher.velocities)  # (n·B, C, 1, H, W)
-        times = torch.tensor(self.grid.times, device=start.device).repeat_interleave(size)  # (n·B,)
-        order = noise.permutation(n * size)
-        parts = order.tensor_split(self.settings.updates_per_rollout)
-        return [(states[i], times[i], text[i % size], targets[i]) for i in parts]
+        times = torch.tensor(self.grid.times, device=start.device).repeat_interleave(len(start))  # (n·B,)
+        return torch.cat(teacher.states[:-1]), times, text.repeat(n, 1, 1), torch.cat(teacher.velocities)

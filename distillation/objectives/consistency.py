@@ -1,0 +1,98 @@
+"""Consistency: one answer for all states of a path, f_θ(x_t, t) = x_t − t·v_θ(x_t, t, c) = x̂₀.
+
+L = d(f_θ(x_t, t), sg f_θ⁻(x_s, s)), where a single guided step of the teacher leads from x_t to x_s on a fine grid, and
+at the path's end f⁻ is x_0 itself. (Song et al. 2023, Alg. 2; with guidance and on latents: Luo et al. 2023.)
+
+Such a student is best drawn with `--sampler renoise`, which asks it for x̂₀ only. Deterministic DDIM works too.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from config.errors import UserError
+from config.settings import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, setting
+from data.prompt_embeddings import Batch
+from distillation import objective
+from distillation.objective import Deck, Noise, distance, read_text
+from models.flow import VelocityField, add_noise, refine_grid, velocity_to_x0
+from sampling.ddim import rollout
+
+
+@dataclass(frozen=True)
+class Settings:
+    teacher_substeps: int = setting(12, "steps of the fine grid for each of the student's", bound=AT_LEAST_ONE)
+    states: str = setting(
+        "teacher", "teacher: of its rollouts; student: its pictures, noised anew", choices=("teacher", "student")
+    )
+    updates_per_rollout: int = setting(
+        1, "optimizer updates that share a rollout's states between them", bound=AT_LEAST_ONE
+    )
+    target_decay: float = setting(0.95, "the target is an average of the student's weights; 0: itself", bound=BELOW_ONE)
+    huber_c: float = setting(1e-3, "pseudo-Huber's c; 0 for squared error", bound=NOT_NEGATIVE)
+
+
+class Objective(objective.Objective):
+    """Cost: with the teacher's states `teacher_substeps` × student steps guided forwards a prompt, for as many pairs;
+    with the student's, one guided forward and a rollout of the student for the one pair of a prompt."""
+
+    def __init__(self, setup: objective.Setup, settings: Settings) -> None:
+        super().__init__(setup, settings)
+        self.grid = refine_grid(setup.grid, settings.teacher_substeps, setup.shift)
+        self.deck = Deck(settings.updates_per_rollout)
+        self.target: VelocityField = setup.student
+        if settings.target_decay:
+            self._average, self.target = setup.frozen_student()
+
+    @staticmethod
+    def check(settings: Settings, student_steps: int, steps: int) -> None:
+        pairs = student_steps * settings.teacher_substeps if settings.states == "teacher" else 1
+        if settings.updates_per_rollout > pairs:
+            raise UserError(
+                f"updates_per_rollout {settings.updates_per_rollout}: a rollout leaves {pairs} pair(s) a prompt, one "
+                f"at least for each update; accepted: {f'1 to {pairs}' if pairs > 1 else '1'}"
+            )
+
+    @staticmethod
+    def extra_bytes(settings: Settings, student: nn.Module, experts: list[nn.Module]) -> int:
+        return 4 * sum(p.numel() for p in student.parameters()) if settings.target_decay else 0
+
+    def schedule(self, step: int) -> tuple[str, ...]:
+        return ("student",) * self.settings.updates_per_rollout
+
+    def loss(self, network: str, batch: Batch, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        draw = self._on_teacher_paths if self.settings.states == "teacher" else self._on_own_pictures
+        x_t, t, x_s, s, text = self.deck.deal(noise, lambda: draw(batch, noise))
+        with torch.no_grad():
+            answer = velocity_to_x0(x_s, self.target(x_s, s, text), s)  # at s = 0: x_s itself, whatever is answered
+        return distance(velocity_to_x0(x_t, self.setup.student(x_t, t, text), t), answer, self.settings.huber_c), {}
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        if self.settings.target_decay:
+            student = [p.detach() for p in self.setup.network.parameters()]
+            torch._foreach_lerp_(list(self._average.parameters()), student, 1 - self.settings.target_decay)
+
+    @torch.no_grad()
+    def _on_teacher_paths(self, batch: Batch, noise: Noise) -> tuple[torch.Tensor, ...]:
+        """All neighbours of one guided rollout of n steps: x_t, t, x_s, s, text, each (n·B, …)."""
+        start = noise.latents(len(batch.prompt_indices))
+        text, n = read_text(batch, start), len(self.grid)
+        states = rollout(self.setup.teacher, start, self.grid, text).states
+        levels = torch.tensor((*self.grid.times, 0.0), device=start.device)
+        t, s = (part.repeat_interleave(len(start)) for part in (levels[:-1], levels[1:]))
+        return torch.cat(states[:-1]), t, torch.cat(states[1:]), s, text.repeat(n, 1, 1)
+
+    @torch.no_grad()
+    def _on_own_pictures(self, batch: Batch, noise: Noise) -> tuple[torch.Tensor, ...]:
+        """The student's pictures, noised to a random level of the fine grid, from where the teacher takes one step."""
+        start = noise.latents(len(batch.prompt_indices))
+        text = read_text(batch, start)
+        x0 = rollout(self.setup.student, start, self.setup.grid, text).latents
+        levels = torch.tensor((*self.grid.times, 0.0), device=start.device)
+        k = (noise.uniform(len(start)) * len(self.grid)).long().clamp(max=len(self.grid) - 1)
+        t, s = levels[k], levels[k + 1]
+        x_t = add_noise(x0, noise.latents(len(start)), t)
+        x_s = x_t - (t - s).view(-1, 1, 1, 1, 1) * self.setup.teacher(x_t, t, text)
+        return x_t, t, x_s, s, text
