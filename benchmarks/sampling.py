@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -157,7 +158,11 @@ def draw_bare(student: Student, round_: Round, ranks: Ranks) -> float:
     embeds = fold_texts([student.text[i] for i in mine])
     barrier()  # all ranks: they share caches and memory, so they are timed together
     started = time.perf_counter()
-    decode(student.vae, rollout(student.field, noise, round_.grid, embeds).latents)
+    latents = rollout(student.field, noise, round_.grid, embeds).latents
+    # In a thread of its own, as a round decodes: the C library gives large buffers back to the system after each use
+    # in the main thread only, which made decoding there a third slower.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(torch.no_grad()(decode), student.vae, latents).result()
     return max(gather_objects(time.perf_counter() - started))
 
 
