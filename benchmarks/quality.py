@@ -274,8 +274,9 @@ class Comparison:
         scales, steps = (job.guidance_scale, job.guidance_scale_2), max(job.steps, default=TEACHER_STEPS[0])
         elsewhere = replace(settings, seed=settings.seed + REFERENCE_SEED)
         name = f"teacher {job.name}, {steps} steps, other noise"
-        self.pictures, _, _ = draw(teacher, captions, steps, scales[0], elsewhere, scales[1], name)
-        self.reference = self.features(self.pictures)  # (N, 1280)
+        pictures, _, _ = draw(teacher, captions, steps, scales[0], elsewhere, scales[1], name)
+        self.reference = self.features(pictures)  # (N, 1280)
+        self.contrast, self.saturation = contrast(pictures), saturation(pictures)
         self.steps, self.spread = steps, self._spread(teacher, steps, *scales)
 
     def with_teacher(self, row: Measured, pipeline: WanPipeline, guidance_scale_2: float | None) -> Measured:
@@ -287,8 +288,8 @@ class Comparison:
         compared = Compared(
             frechet=frechet_distance(self.features(row.pictures), self.reference),
             diversity=spread / self.spread,
-            contrast=contrast(row.pictures) / contrast(self.pictures),
-            saturation=saturation(row.pictures) / saturation(self.pictures),
+            contrast=contrast(row.pictures) / self.contrast,
+            saturation=saturation(row.pictures) / self.saturation,
         )
         return replace(row, compared=compared)
 

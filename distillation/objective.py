@@ -112,6 +112,8 @@ class Objective:
         """Networks trained besides the student."""
         return {}
 
+    trains_experts = False  # whether its networks are the teacher's experts or copies, which must be on the device then
+
     @staticmethod
     def check(settings, student_steps: int, steps: int) -> None:
         """Raises UserError for settings that contradict each other, the student's steps on its grid, or the `steps` of
@@ -185,6 +187,15 @@ class Deck:
         return tuple(self._left[noise.micro_step].pop())
 
 
+def check_updates(updates: int, count: int, what: str) -> None:
+    """Raises UserError where a rollout leaves fewer pairs of a prompt than there are updates to share them."""
+    if updates > count:
+        raise UserError(
+            f"updates_per_rollout {updates}: a rollout leaves {count} {what} of a prompt, one at least for each "
+            f"update; accepted: 1{f' to {count}' if count > 1 else ''}"
+        )
+
+
 def distance(prediction: Tensor, target: Tensor, huber_c: float) -> Tensor:
     """Mean squared error, or, for c > 0, the mean over all elements of pseudo-Huber √(e² + c²) − c.
 
@@ -213,6 +224,11 @@ def check_objective(name: str, settings: dict, student_steps: int, steps: int) -
     """Raises UserError for an objective's settings that contradict each other, the student's or the phase's steps."""
     file = _file_of(name)
     file.Objective.check(file.Settings(**settings), student_steps, steps)
+
+
+def trains_experts(name: str) -> bool:
+    """Whether an objective trains the teacher's experts, or copies of them."""
+    return _file_of(name).Objective.trains_experts
 
 
 def extra_bytes(name: str, settings: dict, student: nn.Module, experts: list[nn.Module]) -> int:

@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 from config.config import Config, Phase
 from config.errors import UserError
 from data.prompts import holds_half_character, read_prompts
-from distillation.objective import check_objective, extra_bytes
+from distillation.objective import check_objective, extra_bytes, trains_experts
 from distributed.process_group import Ranks
 from models.flow import TimeGrid, few_step_grid
 from models.student import StudentSpec, read_student_config
@@ -113,16 +113,15 @@ def check_phases(phases: tuple[Phase, ...], config: Config) -> None:
             check_objective(phase.objective, phase.settings, config.student.student_steps, phase.steps)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        if phase.objective == "dmd" and config.teacher.teacher_device_strategy == "cpu":
+        if trains_experts(phase.objective) and config.teacher.teacher_device_strategy == "cpu":
             raise UserError(
-                f"{where}: trains fake scores on the teacher's experts, which --teacher_device_strategy cpu keeps off "
+                f"{where}: trains on the teacher's experts, which --teacher_device_strategy cpu keeps off "
                 "the GPU; accepted: auto, replicate"
             )
 
 
 def memory_needed(config: Config, info: TeacherInfo, spec: StudentSpec, dtype: torch.dtype) -> dict[str, float]:
     """GB (10⁹ bytes) that each rank's device must hold, by part. Without activations and text: a lower bound."""
-
     with torch.device("meta"):
         student = WanTransformer3DModel.from_config(spec.transformer_config)
         experts = [WanTransformer3DModel.from_config(c) for c in info.transformer_configs.values()]

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from config.errors import UserError
 from config.settings import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, setting
 from data.prompt_embeddings import Batch
 from distillation import objective
-from distillation.objective import Deck, Noise, distance, read_text
+from distillation.objective import Deck, Noise, check_updates, distance, read_text
 from models.flow import VelocityField, add_noise, refine_grid, velocity_to_x0
 from sampling.ddim import rollout
 
@@ -48,11 +47,7 @@ class Objective(objective.Objective):
     @staticmethod
     def check(settings: Settings, student_steps: int, steps: int) -> None:
         pairs = student_steps * settings.teacher_substeps if settings.states == "teacher" else 1
-        if settings.updates_per_rollout > pairs:
-            raise UserError(
-                f"updates_per_rollout {settings.updates_per_rollout}: a rollout leaves {pairs} pair(s) a prompt, one "
-                f"at least for each update; accepted: {f'1 to {pairs}' if pairs > 1 else '1'}"
-            )
+        check_updates(settings.updates_per_rollout, pairs, "pair(s)")
 
     @staticmethod
     def extra_bytes(settings: Settings, student: nn.Module, experts: list[nn.Module]) -> int:

@@ -69,6 +69,8 @@ class Objective(objective.Objective):
     def __init__(self, setup: objective.Setup, settings: Settings) -> None:
         super().__init__(setup, settings)
         self.shift = settings.score_shift or setup.shift
+        # The noise levels that the student's steps lead to, as far as they are matched.
+        self.levels = setup.grid.sigmas[1:] if settings.match == "path" else (0.0,) * len(setup.grid)
         self._networks = fake_scores(setup.teacher, settings.fake_score, settings.fake_lora_rank)
         self.fakes: dict[str, VelocityField] = {}
         self.anchor = None
@@ -78,6 +80,8 @@ class Objective(objective.Objective):
         self._contrast: list[float] = []  # of the student as a share of the teacher's: at first, and of late
 
     # ---- what is trained, and when
+
+    trains_experts = True
 
     def networks(self) -> dict[str, nn.Module]:
         return self._networks
@@ -124,10 +128,6 @@ class Objective(objective.Objective):
         u = SCORE_TIMES[0] + (SCORE_TIMES[1] - SCORE_TIMES[0]) * (step * GOLDEN_RATIO % 1.0)
         return self.setup.teacher.in_charge(float(shift_time(torch.tensor(u, dtype=torch.float64), self.shift)))
 
-    def _levels(self) -> list[float]:
-        """The noise levels that the student's steps lead to, as far as they are matched."""
-        return list(self.setup.grid.sigmas[1:]) if self.settings.match == "path" else [0.0] * len(self.setup.grid)
-
     def _score_range(self, expert: int, level: float) -> tuple[float, float]:
         """Where an expert scores states of a level: from and to, before the shift. Empty where from >= to."""
         experts = self.setup.teacher.experts
@@ -140,12 +140,12 @@ class Objective(objective.Objective):
     def loss(self, network: str, batch: Batch, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         start = noise.latents(len(batch.prompt_indices))
         text, expert = read_text(batch, start), self._expert_at(noise.step)
-        ranges = [self._score_range(expert, level) for level in self._levels()]
+        ranges = [self._score_range(expert, level) for level in self.levels]
         exits = [k for k, (low, high) in enumerate(ranges) if low < high]
         k = exits[noise.choice_alike(len(exits))]
         t = shift_time(ranges[k][0] + (ranges[k][1] - ranges[k][0]) * noise.uniform(len(start)), self.shift)  # (B,)
         x, x0 = self._draw(start, text, k, with_grad=network == "student")
-        x_t, v, weight = add_more_noise(x.detach(), noise.latents(len(x)), self._levels()[k], t)
+        x_t, v, weight = add_more_noise(x.detach(), noise.latents(len(x)), self.levels[k], t)
         if network != "student":
             return (weight * (self.fakes[network](x_t, t, text) - v).square()).mean(), {}
         direction = self.direction(x0.detach(), x_t, t, text, list(self.fakes)[expert])
@@ -163,7 +163,7 @@ class Objective(objective.Objective):
             x = rollout(self.setup.student, start, TimeGrid(sigmas[: k + 1], times[:k]), text).latents
         with torch.set_grad_enabled(with_grad):
             v = self.setup.student(x, times[k], text)
-            return ddim_step(x, v, sigmas[k], self._levels()[k]), velocity_to_x0(x, v, sigmas[k])
+            return ddim_step(x, v, sigmas[k], self.levels[k]), velocity_to_x0(x, v, sigmas[k])
 
     @torch.no_grad()
     def direction(

@@ -19,7 +19,7 @@ from config.errors import UserError
 from config.settings import AT_LEAST_ONE, NOT_NEGATIVE, setting
 from data.prompt_embeddings import Batch
 from distillation import objective
-from distillation.objective import Deck, Noise, distance, read_text
+from distillation.objective import Deck, Noise, check_updates, distance, read_text
 from models.flow import TimeGrid, few_step_grid, refine_grid
 from sampling.ddim import rollout
 
@@ -54,12 +54,7 @@ class Objective(objective.Objective):
             raise UserError(
                 f"jumps {settings.jumps}: the student draws in {student_steps} steps; accepted are multiples of that"
             )
-        jumps = settings.jumps or student_steps
-        if settings.updates_per_rollout > jumps:
-            raise UserError(
-                f"updates_per_rollout {settings.updates_per_rollout}: a rollout has {jumps} jumps a prompt, one at "
-                f"least for each update; accepted: 1 to {jumps}"
-            )
+        check_updates(settings.updates_per_rollout, settings.jumps or student_steps, "jumps")
         if settings.teach == "student" and settings.teacher_substeps == 1:
             raise UserError(
                 'teacher_substeps 1: with teach = "student", a jump of one step teaches nothing; accepted: 2 or more'

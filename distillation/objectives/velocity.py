@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from config.errors import UserError
 from config.settings import AT_LEAST_ONE, setting
 from data.prompt_embeddings import Batch
 from distillation import objective
-from distillation.objective import Deck, Noise, read_text
+from distillation.objective import Deck, Noise, check_updates, read_text
 from models.flow import refine_grid
 from sampling.ddim import rollout
 
@@ -37,12 +36,7 @@ class Objective(objective.Objective):
 
     @staticmethod
     def check(settings: Settings, student_steps: int, steps: int) -> None:
-        states = student_steps * settings.teacher_substeps
-        if settings.updates_per_rollout > states:
-            raise UserError(
-                f"updates_per_rollout {settings.updates_per_rollout}: a teacher's rollout has {states} states "
-                f"(student steps × teacher_substeps), one at least for each update; accepted: 1 to {states}"
-            )
+        check_updates(settings.updates_per_rollout, student_steps * settings.teacher_substeps, "states")
 
     def schedule(self, step: int) -> tuple[str, ...]:
         return ("student",) * self.settings.updates_per_rollout
