@@ -157,6 +157,8 @@ def train(config: Config, ranks: Ranks) -> None:
         with run.shipped_weights():
             on_main(ranks, lambda: export(config, plan, student, run.step, run.done, ranks))
     run.progress.close()
+    if sampler:
+        sampler.finish()  # people look at the folder when the program says that it is done
     say(ranks, results(config, plan))
 
 
@@ -356,6 +358,7 @@ def draw_from_student(config: Config, ranks: Ranks) -> None:
     )
     sampler = make_sampler(config, info, height, width, ranks)
     sampler.draw(round_, field, [text[i] for i in range(len(prompts))])
+    sampler.finish()
     say(ranks, f"pictures: {sampler.folder}/*.png\nreview page: {sampler.folder}/index.html")
 
 

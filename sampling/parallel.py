@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from dataclasses import field as dataclass_field
@@ -26,7 +26,7 @@ from models.flow import TimeGrid, VelocityField
 from models.folding import fold_texts
 from models.vae import decode, to_pil
 from sampling.ddim import randn, rollout
-from sampling.review import write_review
+from sampling.review import add_to_manifest, write_review
 
 log = logging.getLogger(__name__)
 
@@ -111,12 +111,16 @@ class ParallelSampler:
         self.batch_size = self.decode_batch_size = batch_size or DEFAULT_BATCH_SIZE
         # Decoding runs beside the next batch's drawing, not in its queue.
         self._stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
+        # Contact sheet and page are drawn on rank 0 while training goes on.
+        self._reviewer, self._review = ThreadPoolExecutor(max_workers=1, thread_name_prefix="review"), None
 
     def draw(self, round_: Round, field: VelocityField, text: list[torch.Tensor]) -> list[Row]:
         """Draw a round. All ranks call it, each with the same round and the text (n, D) of all its prompts.
 
+        Pictures and manifest are written when it returns; contact sheet and page follow, see `finish`.
         Returns every rank's rows, in the order of the prompts. Raises RoundFailed on all ranks together.
         """
+        self.finish()
         rows, error = [], None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -127,18 +131,33 @@ class ParallelSampler:
         shares = gather_objects((rows, error))
         rows = [row for share_rows, _ in shares for row in share_rows]
         if self.ranks.is_main:
-            try:
-                write_review(self.folder, [asdict(row) for row in rows])
-            except Exception:  # the others wait at the barrier, and the pictures are there all the same
-                log.exception("manifest and review page of %s could not be written", round_.prefix)
-        # People look at the folder when the program says that the round is over: so all files are there by then.
-        barrier()
+            self._write_down(round_, [asdict(row) for row in rows])
+        barrier()  # all ranks: whoever returns finds every rank's pictures, and the manifest
         problems = [f"rank {rank}: {e}" for rank, (_, e) in enumerate(shares) if e]
         if not problems and rows and not any(row.ok for row in rows):
             problems = [f"every picture failed, the first one on rank {rows[0].rank}: {rows[0].error}"]
         if problems:
+            self.finish()
             raise RoundFailed(f"sampling round {round_.prefix}: {'; '.join(problems)}")
         return rows
+
+    def finish(self) -> None:
+        """Wait until contact sheet and page of the last round are written, which rank 0 does. No collective."""
+        review, self._review = self._review, None
+        if review:
+            review.result()
+
+    def _write_down(self, round_: Round, rows: list[dict]) -> None:
+        """The manifest at once, contact sheet and page in the background."""
+
+        def write(writing: Callable[[Path, list[dict]], None], what: str) -> None:
+            try:
+                writing(self.folder, rows)
+            except Exception:  # the other ranks wait for this one, and the pictures are there all the same
+                log.exception("%s of %s could not be written", what, round_.prefix)
+
+        write(add_to_manifest, "manifest")
+        self._review = self._reviewer.submit(write, write_review, "contact sheet and review page")
 
     @torch.no_grad()
     def _draw_share(self, round_: Round, field: VelocityField, text: list[torch.Tensor]) -> list[Row]:

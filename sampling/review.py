@@ -18,8 +18,8 @@ MARGIN = 12
 CAPTION_HEIGHT = 36  # two lines of a prompt
 
 
-def write_review(folder: Path, rows: list[dict]) -> None:
-    """Add a round's rows to the manifest and redraw what hangs on it. Rank 0 only; no collective.
+def add_to_manifest(folder: Path, rows: list[dict]) -> None:
+    """Rank 0 only; no collective.
 
     A round that is drawn again, on another number of ranks perhaps, takes the place of the earlier one: rows and files.
     """
@@ -32,9 +32,13 @@ def write_review(folder: Path, rows: list[dict]) -> None:
             (folder / Path(row["file"]).name).unlink(missing_ok=True)
     manifest = kept + rows
     _write(folder / "manifest.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in manifest))
+
+
+def write_review(folder: Path, rows: list[dict]) -> None:
+    """The contact sheet of a round, and the page of all rounds in the manifest. Rank 0 only; no collective."""
     if rows:
         write_contact_sheet(folder / f"{_prefix(rows[0])}.png", folder, rows)
-    _write(folder / "index.html", render_page(manifest))
+    _write(folder / "index.html", render_page(read_manifest(folder)))
 
 
 def _prefix(row: dict) -> str:

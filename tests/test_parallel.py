@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 import time
 import weakref
 from dataclasses import asdict, replace
@@ -111,7 +112,10 @@ def test_shares_are_contiguous_and_cover_every_prompt_once():
 def reference(tmp_path_factory, vae, field, text):
     """A round drawn by one rank in one batch: its folder and rows."""
     folder = tmp_path_factory.mktemp("reference")
-    return folder, sampler_in(folder, vae).draw(ROUND, field, text)
+    sampler = sampler_in(folder, vae)
+    rows = sampler.draw(ROUND, field, text)
+    sampler.finish()
+    return folder, rows
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -195,7 +199,9 @@ def test_names_count_within_the_rank(vae, field, text, tmp_path):
 
 
 def test_teacher_rounds_have_their_own_names(vae, field, text, tmp_path):
-    rows = sampler_in(tmp_path, vae).draw(replace(ROUND, weights="teacher"), field, text)
+    sampler = sampler_in(tmp_path, vae)
+    rows = sampler.draw(replace(ROUND, weights="teacher"), field, text)
+    sampler.finish()
     assert rows[0].file == "teacher_rank_0_sample_00.png" and (tmp_path / "teacher.png").exists()
 
 
@@ -280,9 +286,31 @@ def test_a_broken_review_page_costs_no_pictures(vae, field, text, tmp_path, capl
     def full_disk(folder, rows):
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(parallel, "add_to_manifest", full_disk)
     monkeypatch.setattr(parallel, "write_review", full_disk)
-    rows = sampler_in(tmp_path, vae).draw(ROUND, field, text)
-    assert all(row.ok for row in rows) and "manifest and review page of epoch_0003" in caplog.text
+    sampler = sampler_in(tmp_path, vae)
+    rows = sampler.draw(ROUND, field, text)
+    sampler.finish()
+    assert all(row.ok for row in rows)
+    assert "manifest of epoch_0003 could not be written" in caplog.text
+    assert "contact sheet and review page of epoch_0003 could not be written" in caplog.text
+
+
+def test_drawing_does_not_wait_for_the_last_rounds_review_page(vae, field, text, tmp_path, monkeypatch):
+    may_write, written = threading.Event(), []
+
+    def slow(folder, rows):
+        assert may_write.wait(30)
+        written.append(rows[0]["epoch"])
+
+    monkeypatch.setattr(parallel, "write_review", slow)
+    sampler = sampler_in(tmp_path, vae)
+    sampler.draw(ROUND, field, text)
+    assert not written and len(read_manifest(tmp_path)) == 5
+    may_write.set()
+    sampler.draw(replace(ROUND, epoch=4), field, text)
+    sampler.finish()
+    assert written == [3, 4]
 
 
 def test_a_broken_manifest_is_moved_aside(vae, field, text, tmp_path, caplog):

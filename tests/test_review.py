@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from sampling.review import MARGIN, _wrap, read_manifest, render_page, write_contact_sheet, write_review
+from sampling.review import MARGIN, _wrap, add_to_manifest, read_manifest, render_page, write_contact_sheet
 
 
 def row_of(index, epoch=1, weights="raw", rank=0, **changes) -> dict:
@@ -53,9 +53,9 @@ class Page(HTMLParser):
 
 
 def test_rows_keep_their_order_and_a_file_drawn_again_replaces_its_row(tmp_path):
-    write_review(tmp_path, paint(tmp_path, [row_of(0), row_of(1)]))
-    write_review(tmp_path, paint(tmp_path, [row_of(0, epoch=2), row_of(1, epoch=2)]))
-    write_review(tmp_path, paint(tmp_path, [row_of(1, step=99), row_of(0, step=99)]))
+    add_to_manifest(tmp_path, paint(tmp_path, [row_of(0), row_of(1)]))
+    add_to_manifest(tmp_path, paint(tmp_path, [row_of(0, epoch=2), row_of(1, epoch=2)]))
+    add_to_manifest(tmp_path, paint(tmp_path, [row_of(1, step=99), row_of(0, step=99)]))
     manifest = read_manifest(tmp_path)
     assert [(row["epoch"], row["prompt_index"], row["step"]) for row in manifest] == [
         (2, 0, 20), (2, 1, 20), (1, 1, 99), (1, 0, 99),
@@ -64,8 +64,8 @@ def test_rows_keep_their_order_and_a_file_drawn_again_replaces_its_row(tmp_path)
 
 
 def test_a_round_drawn_again_on_fewer_ranks_leaves_nothing_of_the_earlier_one(tmp_path):
-    write_review(tmp_path, paint(tmp_path, [row_of(0), row_of(1, rank=1), row_of(0, epoch=2, rank=1)]))
-    write_review(tmp_path, paint(tmp_path, [row_of(0), row_of(1)]))
+    add_to_manifest(tmp_path, paint(tmp_path, [row_of(0), row_of(1, rank=1), row_of(0, epoch=2, rank=1)]))
+    add_to_manifest(tmp_path, paint(tmp_path, [row_of(0), row_of(1)]))
     names = {p.name for p in tmp_path.glob("*_sample_*.png")}
     assert names == {
         "epoch_0001_rank_0_sample_00.png", "epoch_0001_rank_0_sample_01.png", "epoch_0002_rank_1_sample_00.png",
@@ -75,7 +75,7 @@ def test_a_round_drawn_again_on_fewer_ranks_leaves_nothing_of_the_earlier_one(tm
 
 def test_a_line_break_in_a_prompt_does_not_break_the_manifest(tmp_path):
     rows = [row_of(0, prompt="two\nlines, \u2028 and \x85 too"), row_of(1, prompt="grün, 红")]
-    write_review(tmp_path, paint(tmp_path, rows))
+    add_to_manifest(tmp_path, paint(tmp_path, rows))
     assert read_manifest(tmp_path) == rows
 
 
