@@ -62,8 +62,10 @@ from models.teacher import (
     resolve_dtype,
 )
 from models.vae import load_vae
+from sampling.in_flight import Scoring
 from sampling.parallel import ParallelSampler, Round
 from sampling.review import remove_rounds
+from sampling.scoring import build_scorers, check_scorers
 
 LOOKING = -1  # in place of an update's number, in the noise with which an objective only looks at the student
 PLAIN_DDIM_STEPS = 10  # where a pipeline does not say how it draws
@@ -101,6 +103,8 @@ def run(argv: list[str]) -> None:
 def train(config: Config, ranks: Ranks) -> None:
     # What a user can get wrong is looked at first: configs and prompts are read, no weight is loaded.
     plan = make_plan(config, ranks)
+    if plan.sample_prompts:
+        check_scorers(config.scoring)
     on_main(ranks, lambda: begin_run(config, plan))
     say(ranks, f"train_distillation.py\n{describe(plan, config, ranks)}")
 
@@ -285,9 +289,16 @@ def make_student(config: Config, plan: Plan, teacher: Teacher, ranks: Ranks) -> 
 
 
 def make_sampler(config: Config, info: TeacherInfo, height: int, width: int, ranks: Ranks) -> ParallelSampler:
-    vae = load_vae(info.folder, ranks.device)
-    folder = Path(config.sampling.sample_dir)
-    return ParallelSampler(vae, info.latent_shape(height, width), folder, ranks, config.sampling.sample_batch_size)
+    scorers = build_scorers(config.scoring, ranks.device)
+    scoring = Scoring(scorers, config.scoring.max_concurrent_evals, config.scoring.score_deadline) if scorers else None
+    return ParallelSampler(
+        load_vae(info.folder, ranks.device),
+        info.latent_shape(height, width),
+        Path(config.sampling.sample_dir),
+        ranks,
+        config.sampling.sample_batch_size,
+        scoring,
+    )
 
 
 def student_round(config: Config, plan: Plan, step: int, phase: int) -> Round:
@@ -332,6 +343,7 @@ def draw_from_student(config: Config, ranks: Ranks) -> None:
         raise UserError(f"--student_path {info.name}: has two experts; accepted is a student's pipeline")
     check_weights(info, flag="--student_path")
     prompts = read_sample_prompts(config)
+    check_scorers(config.scoring)
     drawing = json.loads((info.folder / DRAWING_FILE).read_text()) if (info.folder / DRAWING_FILE).exists() else {}
     height, width = config.student.height or drawing.get("height"), config.student.width or drawing.get("width")
     if not height or not width:

@@ -32,6 +32,7 @@ from config.settings import (
 )
 
 DEFAULT_OBJECTIVE = "trajectory"
+DEFAULT_SCORE_DEADLINE = 300.0  # seconds
 DEFAULT_NUM_STEPS = 1000  # where neither steps nor epochs are given
 
 
@@ -160,6 +161,32 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class ScoringConfig:
+    """Scores of sample pictures."""
+
+    score: tuple[str, ...] = setting(
+        ("health", "fidelity"),
+        "health: contrast, saturation, …, and collapse; fidelity: likeness to the teacher's picture, with "
+        "--sample_teacher; clip: picture and text; vlm: a judge behind --judge_base_url",
+        choices=("none", "health", "fidelity", "clip", "vlm"),
+    )
+    max_concurrent_evals: int = setting(32, "scores computed or asked for at the same time, a rank", bound=AT_LEAST_ONE)
+    scorer_timeout: float = setting(60.0, "seconds for one score of health, fidelity or clip", bound=POSITIVE)
+    score_deadline: float | None = setting(
+        None,
+        "seconds after drawing when scores that are not there are given up (default: 300, or a quarter of "
+        "--ddp_timeout where that is less)",
+        bound=POSITIVE,
+    )
+    clip_model: str = setting("openai/clip-vit-large-patch14", "of clip: a folder or hub id")
+    judge_base_url: str | None = setting(
+        None, "of vlm: a server that speaks OpenAI's protocol, such as http://localhost:8000/v1"
+    )
+    judge_model: str | None = setting(None, "of vlm: its name there; the key is OPENAI_API_KEY in the environment")
+    judge_timeout: float = setting(120.0, "seconds for one score of vlm, with retries", bound=POSITIVE)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The run."""
 
@@ -198,6 +225,7 @@ class Config:
     data: DataConfig
     optimization: OptimizationConfig
     sampling: SamplingConfig
+    scoring: ScoringConfig
     run: RunConfig
     phases: tuple[Phase, ...]
 
@@ -379,6 +407,14 @@ def require(config: Config, given: dict[str, Given]) -> None:
         raise UserError(f'--sample_prompts is missing: {which} needs prompts, e.g. --sample_prompts "A cat" "A dog"')
     if sampling.sampler == "renoise" and sampling.sample_eta:
         raise UserError(f"{given['sample_eta'].source}: is for --sampler ddim; renoise adds all the noise there is")
+    deadline, timeout = config.scoring.score_deadline, config.run.ddp_timeout
+    if deadline and deadline > timeout / 2:
+        raise UserError(
+            f"{given['score_deadline'].source}: the other ranks give up after --ddp_timeout {timeout:g}; accepted is "
+            f"up to half of that, {timeout / 2:g}"
+        )
+    if "none" in config.scoring.score and len(config.scoring.score) > 1:
+        raise UserError(f"{given['score'].source}: none stands alone")
     files = {
         "data_path": (config.data.data_path, "a .txt or .jsonl file of prompts"),
         "student_config": (config.student.student_config, "a JSON file"),
@@ -413,4 +449,6 @@ def resolve_defaults(config: Config, num_epochs: int | None) -> Config:
         sample_dir=sampling.sample_dir or str(Path(config.run.output_dir, "samples")),
         sample_seed=config.run.seed if sampling.sample_seed is None else sampling.sample_seed,
     )
-    return replace(config, optimization=optimization, sampling=sampling)
+    deadline = config.scoring.score_deadline or min(DEFAULT_SCORE_DEADLINE, config.run.ddp_timeout / 4)
+    scoring = replace(config.scoring, score_deadline=deadline)
+    return replace(config, optimization=optimization, sampling=sampling, scoring=scoring)

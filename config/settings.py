@@ -79,6 +79,8 @@ class Setting:
 
     def parse(self, text: str | list[str], source: str) -> Any:
         """The value that a flag's text stands for. Raises UserError, which begins with `source`."""
+        if self.many and self.choices:  # names hold no commas, and people write a,b as well as a b
+            text = [part for word in text for part in word.split(",") if part]
         try:
             value = [self.kind(part) for part in text] if self.many else self.kind(text)
         except ValueError:

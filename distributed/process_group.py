@@ -9,6 +9,7 @@ Objects and flags travel over gloo on the CPU, so they neither touch GPU memory 
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -171,6 +172,17 @@ def together(work: Callable[..., T], *args: Any) -> T:
 def on_main(ranks: Ranks, work: Callable[[], Any]) -> None:
     """Rank 0's `work()`, while the others wait to hear whether it succeeded. Collective; `work` itself must not be."""
     together(lambda: work() if ranks.is_main else None)
+
+
+_counts_alone: Counter[str] = Counter()
+
+
+def tally(name: str, count: int = 0) -> int:
+    """Add to a count that all ranks share, and return it. Not a collective: nobody waits for anybody."""
+    if _alone():
+        _counts_alone[name] += count
+        return _counts_alone[name]
+    return dist.distributed_c10d._get_default_store().add(name, count)
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,19 @@
 """Sample pictures on every rank at once: prompts split, true batches, PNGs written while the next batch is drawn.
 
 Nothing inside the drawing is a collective, so a slow or a failing rank keeps nobody from finishing its share. Then all
-ranks, those without prompts too, take part in one exchange of rows and errors, and in one barrier.
+ranks, those without prompts too, take part in one exchange of rows and errors, and in one barrier. Scores, computed all
+the while, are exchanged after it: no picture waits for them.
 """
 
 import json
 import logging
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
@@ -21,16 +24,19 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from distributed.process_group import Ranks, barrier, gather_objects
+from distributed.process_group import Ranks, barrier, gather_objects, tally
 from models.flow import TimeGrid, VelocityField
 from models.folding import fold_texts
 from models.vae import decode, to_pil
 from sampling.ddim import randn, rollout
-from sampling.review import add_to_manifest, write_review
+from sampling.in_flight import Scoring
+from sampling.review import add_to_manifest, read_manifest, write_review
+from sampling.scoring import Shot, alarms, compare_prompts, failures, means
 
 log = logging.getLogger(__name__)
 
 VERBOSE_LOGGING_THRESHOLD = 4  # a log line a picture up to so many prompts a rank, a progress bar beyond
+PROGRESS_SECONDS = 0.5  # between two looks at how far the other ranks are
 DEFAULT_BATCH_SIZE = 16  # enough to fill a GPU, few enough that writing overlaps with drawing
 
 
@@ -97,6 +103,7 @@ class ParallelSampler:
     Args:
         latent_shape: (C, 1, H, W) of one picture.
         batch_size: pictures drawn together; by default up to DEFAULT_BATCH_SIZE. Halved when memory runs out.
+        scoring: scores this rank's pictures, by scorers that are alike on all ranks.
     """
 
     def __init__(
@@ -106,6 +113,7 @@ class ParallelSampler:
         folder: Path,
         ranks: Ranks,
         batch_size: int | None = None,
+        scoring: Scoring | None = None,
     ) -> None:
         self.vae, self.latent_shape, self.folder, self.ranks = vae, latent_shape, folder, ranks
         self.batch_size = self.decode_batch_size = batch_size or DEFAULT_BATCH_SIZE
@@ -113,6 +121,9 @@ class ParallelSampler:
         self._stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
         # Contact sheet and page are drawn on rank 0 while training goes on.
         self._reviewer, self._review = ThreadPoolExecutor(max_workers=1, thread_name_prefix="review"), None
+        self._scoring, self._rounds = scoring, 0
+        # The teacher's rows, to compare with; an earlier run may have left them here.
+        self._teacher = [row for row in read_manifest(folder) if row["weights"] == "teacher"] if scoring else []
 
     def draw(self, round_: Round, field: VelocityField, text: list[torch.Tensor]) -> list[Row]:
         """Draw a round. All ranks call it, each with the same round and the text (n, D) of all its prompts.
@@ -122,20 +133,27 @@ class ParallelSampler:
         """
         self.finish()
         rows, error = [], None
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            rows = self._draw_share(round_, field, text)
-        except Exception as failure:  # shared with the other ranks below, which would otherwise wait for this one
-            log.exception("rank %d could not draw its share of %s", self.ranks.rank, round_.prefix)
-            error = f"{type(failure).__name__}: {failure}"
-        shares = gather_objects((rows, error))
+        with self._progress(round_):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                rows = self._draw_share(round_, field, text)
+            except Exception as failure:  # shared with the other ranks below, which would otherwise wait for this one
+                log.exception("rank %d could not draw its share of %s", self.ranks.rank, round_.prefix)
+                error = f"{type(failure).__name__}: {failure}"
+            shares = gather_objects((rows, error))
         rows = [row for share_rows, _ in shares for row in share_rows]
         if self.ranks.is_main:
-            self._write_down(round_, [asdict(row) for row in rows])
-        barrier()  # all ranks: whoever returns finds every rank's pictures, and the manifest
+            self._write(add_to_manifest, round_, rows, "manifest")
+        barrier()  # all ranks: whoever goes on finds every rank's pictures, and the manifest
         problems = [f"rank {rank}: {e}" for rank, (_, e) in enumerate(shares) if e]
         if not problems and rows and not any(row.ok for row in rows):
             problems = [f"every picture failed, the first one on rank {rows[0].rank}: {rows[0].error}"]
+        if self._scoring and not problems:
+            self._add_scores(round_, rows)
+        if self.ranks.is_main:
+            self._review = self._reviewer.submit(
+                self._write, write_review, round_, rows, "contact sheet and review page"
+            )
         if problems:
             self.finish()
             raise RoundFailed(f"sampling round {round_.prefix}: {'; '.join(problems)}")
@@ -147,35 +165,85 @@ class ParallelSampler:
         if review:
             review.result()
 
-    def _write_down(self, round_: Round, rows: list[dict]) -> None:
-        """The manifest at once, contact sheet and page in the background."""
+    def _write(self, writing: Callable[[Path, list[dict]], None], round_: Round, rows: list[Row], what: str) -> None:
+        try:
+            writing(self.folder, [asdict(row) for row in rows])
+        except Exception:  # the other ranks wait for this one, and the pictures are there all the same
+            log.exception("%s of %s could not be written", what, round_.prefix)
 
-        def write(writing: Callable[[Path, list[dict]], None], what: str) -> None:
+    def _add_scores(self, round_: Round, rows: list[Row]) -> None:
+        """Every rank's scores into the rows. All ranks take part, also one that has drawn nothing."""
+        gathered = gather_objects(self._scoring.collect(show_progress=self.ranks.is_main))
+        scores = {file: by_scorer for share_scores in gathered for file, by_scorer in share_scores.items()}
+        compare_prompts(scores, {row.file: row.prompt for row in rows})
+        for row in rows:
+            row.scores = scores.get(row.file, {})
+        dicts = [asdict(row) for row in rows]
+        if round_.weights == "teacher":
+            self._teacher = dicts
+        if self.ranks.is_main:
+            self._write(add_to_manifest, round_, rows, "scores")
+            self._report(round_, dicts)
+
+    def _report(self, round_: Round, rows: list[dict]) -> None:
+        missing = failures(rows)
+        shown = []
+        for name, mean in means(rows).items():
+            failed, asked = missing[name]
+            shown.append(f"{name} {mean:.3g}" + (f" ({failed} of {asked} failed)" if failed else ""))
+        if shown:
+            log.info("%s: %s", round_.prefix, ", ".join(shown))
+        for alarm in alarms(rows, [] if round_.weights == "teacher" else self._teacher):
+            log.warning("%s: %s", round_.prefix, alarm)
+
+    @contextmanager
+    def _progress(self, round_: Round) -> Iterator[None]:
+        """On rank 0, a bar over all ranks' pictures; few are rather told of one by one."""
+        self._rounds += 1
+        if not self.ranks.is_main or self._tells_each(round_):
+            yield
+            return
+        over = threading.Event()
+
+        def watch(bar: tqdm) -> None:
+            while not over.wait(PROGRESS_SECONDS):
+                bar.n = tally(self._count_name)
+                bar.refresh()
+
+        with tqdm(total=len(round_.prompts), desc=round_.prefix, unit="picture") as bar:
+            # A daemon: where another rank is gone, its store may be too, and the program ends all the same.
+            watcher = threading.Thread(target=watch, args=(bar,), daemon=True, name="progress")
+            watcher.start()
             try:
-                writing(self.folder, rows)
-            except Exception:  # the other ranks wait for this one, and the pictures are there all the same
-                log.exception("%s of %s could not be written", what, round_.prefix)
+                yield
+            finally:
+                over.set()
+                watcher.join(PROGRESS_SECONDS)
+                bar.n = tally(self._count_name)
+                bar.refresh()
 
-        write(add_to_manifest, "manifest")
-        self._review = self._reviewer.submit(write, write_review, "contact sheet and review page")
+    def _tells_each(self, round_: Round) -> bool:
+        return len(share(len(round_.prompts), 0, self.ranks.world_size)) <= VERBOSE_LOGGING_THRESHOLD
+
+    @property
+    def _count_name(self) -> str:
+        return f"drawn in round {self._rounds} of {self.folder}"
 
     @torch.no_grad()
     def _draw_share(self, round_: Round, field: VelocityField, text: list[torch.Tensor]) -> list[Row]:
         mine = share(len(round_.prompts), self.ranks.rank, self.ranks.world_size)
         rows = {index: self._row(round_, index, number) for number, index in enumerate(mine)}
-        verbose = len(mine) <= VERBOSE_LOGGING_THRESHOLD
-        bar = tqdm(total=len(mine), desc=round_.prefix, unit="picture", disable=verbose or not self.ranks.is_main)
-        with bar, ThreadPoolExecutor(max_workers=1) as writer:
+        with ThreadPoolExecutor(max_workers=1) as writer:
             pending: list[Future] = []
             for batch, latents, seconds in self._draw_batches(round_, field, text, list(mine), rows):
-                pending.append(writer.submit(self._write, latents, [rows[i] for i in batch], seconds))
+                pending.append(writer.submit(self._finish_batch, latents, [rows[i] for i in batch], seconds))
                 # At most one batch waits to be written: memory stays bounded when the disk is slower than the GPU.
                 while len(pending) > 1:
-                    bar.update(pending.pop(0).result())
+                    pending.pop(0).result()
             for future in pending:
-                bar.update(future.result())
+                future.result()
         for row in rows.values():
-            if verbose and row.ok:
+            if self._tells_each(round_) and row.ok:
                 log.info("rank %d: %s (%.2f s) %s", row.rank, row.file, row.seconds, row.prompt)
             elif not row.ok:
                 log.warning("rank %d: %s failed: %s | prompt: %s", row.rank, row.file, row.error, row.prompt)
@@ -195,6 +263,7 @@ class ParallelSampler:
             except Exception as failure:  # recorded with its picture; the round reports it
                 if len(batch) == 1:
                     rows[batch[0]].error = f"{type(failure).__name__}: {failure}"
+                    tally(self._count_name, 1)
                     continue
                 if isinstance(failure, torch.OutOfMemoryError):
                     self.batch_size = -(-len(batch) // 2)
@@ -221,15 +290,17 @@ class ParallelSampler:
         return latents
 
     @torch.no_grad()
-    def _write(self, latents: torch.Tensor, rows: list[Row], seconds: float) -> int:
-        """Decode and write one batch (in the writer's thread); the number of pictures dealt with.
+    def _finish_batch(self, latents: torch.Tensor, rows: list[Row], seconds: float) -> None:
+        """Decode and write one batch and have it scored (in the writer's thread).
 
         What cannot be decoded is tried again in halves: memory may do for those, and one bad picture spoils no other.
         """
         size, error = self.decode_batch_size, None
         if len(rows) > size:
             parts = [slice(i, i + size) for i in range(0, len(rows), size)]
-            return sum(self._write(latents[part], rows[part], seconds) for part in parts)
+            for part in parts:
+                self._finish_batch(latents[part], rows[part], seconds)
+            return
         started = time.perf_counter()
         try:
             with torch.cuda.stream(self._stream):
@@ -242,10 +313,13 @@ class ParallelSampler:
         if error:
             if len(rows) == 1:
                 rows[0].error = error
-                return 1
+                tally(self._count_name, 1)
+                return
             torch.cuda.empty_cache()
             half = -(-len(rows) // 2)
-            return sum(self._write(latents[part], rows[part], seconds) for part in (slice(half), slice(half, None)))
+            for part in (slice(half), slice(half, None)):
+                self._finish_batch(latents[part], rows[part], seconds)
+            return
         seconds += (time.perf_counter() - started) / len(rows)
         for row, picture, good in zip(rows, pictures, finite, strict=True):
             row.seconds = round(seconds, 4)
@@ -257,7 +331,19 @@ class ParallelSampler:
                 row.ok = True
             except Exception as failure:  # recorded with its picture; the others are written
                 row.error = f"{type(failure).__name__}: {failure}"
-        return len(rows)
+        tally(self._count_name, len(rows))
+        if self._scoring:
+            for row in rows:
+                if row.ok:
+                    self._scoring.submit(Shot(self.folder / row.file, row.prompt, self._reference(row)))
+
+    def _reference(self, row: Row) -> Path | None:
+        """The teacher's picture of the same prompt, size and noise, where it is on this machine's disk."""
+        for other in self._teacher:
+            same = all(other[name] == getattr(row, name) for name in ("prompt", "seed", "height", "width"))
+            if same and row.weights != "teacher" and other["ok"] and (self.folder / other["file"]).exists():
+                return self.folder / other["file"]
+        return None
 
     def _decode(self, latents: torch.Tensor) -> tuple[list[Image.Image], list[bool]]:
         """The pictures of latents (B, C, 1, H, W), and which of them are finite."""
@@ -293,9 +379,26 @@ def _facts(row: Row) -> dict:
     return {name: value for name, value in asdict(row).items() if name != "scores"}
 
 
+def parameters(facts: dict) -> str:
+    """The facts in the form that viewers for A1111's and ComfyUI's pictures read."""
+    shown = {
+        "Steps": facts["num_inference_steps"],
+        "Sampler": facts["sampler"],
+        "Schedule shift": f"{facts['shift']:g}",
+        "Seed": facts["seed"],
+        "Size": f"{facts['width']}x{facts['height']}",
+        "Eta": f"{facts['eta']:g}",
+        "Weights": facts["weights"],
+        "Training step": facts["step"],
+        "Epoch": facts["epoch"],
+    }
+    return f"{facts['prompt']}\n" + ", ".join(f"{name}: {value}" for name, value in shown.items())
+
+
 def write_png(path: Path, picture: Image.Image, facts: dict) -> None:
     """A PNG that carries its manifest row as text. It appears under its name only when it is whole."""
     info = PngInfo()
+    info.add_text("parameters", parameters(facts))
     for key, value in facts.items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
     temporary = path.with_name(f".{path.name}.tmp")

@@ -131,6 +131,21 @@ def test_flags(files, flags, section, name, value):
     assert getattr(getattr(load(*flags), section), name) == value
 
 
+@pytest.mark.parametrize("given", [["health,vlm"], ["health", "vlm"], ["health,", "vlm"]])
+def test_scores_are_named_with_commas_or_spaces(files, given):
+    assert load("--score", *given).scoring.score == ("health", "vlm")
+
+
+def test_the_scores_deadline_stays_well_under_the_process_groups(files):
+    assert load().scoring.score_deadline == 300 and load("--ddp_timeout", "60").scoring.score_deadline == 15
+    assert "--score_deadline" in error(load, "--ddp_timeout", "60", "--score_deadline", "31")
+
+
+def test_no_scores_beside_scores_is_refused(files):
+    assert load("--score", "none").scoring.score == ("none",)
+    assert "--score" in error(load, "--score", "none,health") and "expected one of" in error(load, "--score", "heath")
+
+
 def test_num_workers_is_taken_with_a_note(files):
     (note,) = load("--num_workers", "4").notes
     assert "dataloader_num_workers" in note and "not needed" in note

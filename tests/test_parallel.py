@@ -1,5 +1,7 @@
 """Sampling rounds: a picture depends on its prompt and seed alone, and a failing one on nobody else's account."""
 
+import contextlib
+import io
 import json
 import logging
 import threading
@@ -209,6 +211,8 @@ def test_a_png_tells_its_row(reference):
     folder, rows = reference
     for row in rows:
         said = Image.open(folder / row.file).text
+        # In the form that viewers of other programs' pictures read.
+        assert said.pop("parameters").startswith(f"{row.prompt}\nSteps: 4, Sampler: ddim, Schedule shift: 3, Seed: ")
         expected = asdict(row)
         del expected["scores"]  # they come later
         assert {k: v if isinstance(expected[k], str) else json.loads(v) for k, v in said.items()} == expected
@@ -403,10 +407,10 @@ def test_a_bar_beyond_four_prompts(vae, field, text, tmp_path, caplog, capsys):
 def _on_every_rank(ranks: Ranks, pipeline: Path, folder: Path) -> dict:
     """All that is tried on two real ranks, one after the other: starting processes is what takes time."""
     vae = load_vae(pipeline, CPU)
-    text = [torch.full((2, 4), float(i)) for i in range(5)]
     seen = {}
 
     def draw(name: str, round_: Round, field=_toy_field, folder=None):
+        text = [torch.full((2, 4), float(i)) for i in range(len(round_.prompts))]
         sampler = ParallelSampler(vae, LATENT, folder or main_folder / name, ranks)
         started = time.monotonic()
         try:
@@ -419,6 +423,9 @@ def _on_every_rank(ranks: Ranks, pipeline: Path, folder: Path) -> dict:
     draw("five", ROUND)
     draw("one", replace(ROUND, prompts=PROMPTS[:1]))
     draw("none", replace(ROUND, prompts=()))
+    with contextlib.redirect_stderr(io.StringIO()) as bar:
+        draw("ten", replace(ROUND, prompts=PROMPTS * 2))
+    seen["bar"] = bar.getvalue()
     draw("rank 1 fails", ROUND, _failing_field if ranks.rank == 1 else _toy_field)
     draw("all fail", ROUND, _failing_field)
     (folder / "a file").touch()
@@ -458,6 +465,11 @@ def test_a_rank_without_prompts_takes_part(two_ranks):
     (first, second), folder = two_ranks
     assert first["one"] == second["one"] and [row["rank"] for row in first["one"]] == [0]
     assert first["none"] == second["none"] == [] and read_manifest(folder / "none") == []
+
+
+def test_one_bar_counts_the_pictures_of_all_ranks(two_ranks):
+    (first, second), _ = two_ranks
+    assert "epoch_0003: 100%" in first["bar"] and "10/10" in first["bar"] and not second["bar"]
 
 
 def test_a_rank_whose_pictures_all_fail_does_not_stop_the_other(two_ranks):
