@@ -22,6 +22,7 @@ demo: setup
 		train_distillation.py --config config/tiny.toml --overwrite_output_dir
 
 test: setup
+	@sh tests/install_chromium.sh
 	$(BIN)/python -m pytest
 
 lint: setup

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import diffusers
@@ -23,6 +23,7 @@ import torch
 import transformers
 from diffusers import WanTransformer3DModel
 from torch.distributed.elastic.multiprocessing.errors import record
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config.config import PHASE_SETTINGS, Config, Phase, load_config
 from config.errors import UserError
@@ -32,6 +33,7 @@ from distillation.ema import EMA
 from distillation.objective import Noise, Objective, Setup, build_objective, settings_of
 from distillation.plan import Plan, describe, make_plan, read_sample_prompts
 from distillation.progress import Progress
+from distillation.trackers import Trackers, chosen_trackers
 from distillation.trained import Trained
 from distributed.process_group import (
     Ranks,
@@ -45,7 +47,7 @@ from distributed.process_group import (
 )
 from distributed.sharding import wrap
 from models.export import DRAWING_FILE, StudentCard, check_export_target, export_student
-from models.flow import few_step_grid, few_step_scheduler
+from models.flow import VelocityField, few_step_grid, few_step_scheduler
 from models.folding import MAX_SEQUENCE_LENGTH, fold_text_attention
 from models.student import build_student, check_pixels, describe_init
 from models.teacher import (
@@ -64,8 +66,8 @@ from models.teacher import (
 from models.vae import load_vae
 from sampling.in_flight import Scoring
 from sampling.parallel import ParallelSampler, Round
-from sampling.review import remove_rounds
-from sampling.scoring import build_scorers, check_scorers
+from sampling.review import redraw_review, remove_rounds
+from sampling.scoring import build_scorers, check_scorers, means
 
 LOOKING = -1  # in place of an update's number, in the noise with which an objective only looks at the student
 PLAIN_DDIM_STEPS = 10  # where a pipeline does not say how it draws
@@ -86,6 +88,9 @@ def main(argv: list[str]) -> None:
 
 def run(argv: list[str]) -> None:
     config = load_config(argv, settings_of)
+    if config.run.review:
+        make_review(Path(config.run.review))
+        return
     if config.run.multi_gpu and "RANK" not in os.environ:
         start_one_process_a_gpu(argv)
     check_launch(config.run.distributed)
@@ -93,20 +98,24 @@ def run(argv: list[str]) -> None:
     set_up_logging(ranks)
     for note in config.notes:
         say(ranks, note)
-    if config.sampling.sample_only:
-        draw_from_student(config, ranks)
-    else:
-        train(config, ranks)
+    on_main(ranks, lambda: chosen_trackers(config.run.report_to))  # a missing package ends all ranks
+    # Lines of the log stand above progress bars, not in them.
+    with logging_redirect_tqdm(), Trackers(config.run, ranks.is_main) as trackers:
+        if config.sampling.sample_only:
+            draw_from_student(config, ranks, trackers)
+        else:
+            train(config, ranks, trackers)
     destroy()
 
 
-def train(config: Config, ranks: Ranks) -> None:
+def train(config: Config, ranks: Ranks, trackers: Trackers) -> None:
     # What a user can get wrong is looked at first: configs and prompts are read, no weight is loaded.
     plan = make_plan(config, ranks)
     if plan.sample_prompts:
         check_scorers(config.scoring)
     on_main(ranks, lambda: begin_run(config, plan))
     say(ranks, f"train_distillation.py\n{describe(plan, config, ranks)}")
+    trackers.start(config.to_dict() | {"resolved": plan.resolved()})
 
     # The prompts to train on, those to draw, and the negative one: encoded once, split over the ranks, kept on disk.
     all_prompts = [*plan.prompts, *plan.sample_prompts, config.teacher.negative_prompt]
@@ -130,7 +139,7 @@ def train(config: Config, ranks: Ranks) -> None:
 
     sampler = make_sampler(config, plan.info, plan.spec.height, plan.spec.width, ranks) if plan.sample_prompts else None
     if sampler and config.sampling.sample_teacher:
-        sampler.draw(teacher_round(config, plan), teacher, sample_text)  # all ranks
+        draw(sampler, teacher_round(config, plan), teacher, sample_text, trackers)  # all ranks
 
     settings = config.optimization
     run = Run(
@@ -146,12 +155,14 @@ def train(config: Config, ranks: Ranks) -> None:
         ),
         sampler=sampler,
         sample_text=sample_text,
+        trackers=trackers,
         progress=Progress(
             Path(config.run.output_dir) / "metrics.jsonl",
             plan.total_steps,
             config.run.logging_steps,
             settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size,
             ranks,
+            trackers,
         ),
     )
     for number, phase in enumerate(plan.phases, 1):
@@ -180,6 +191,7 @@ class Run:
     prompts: PromptSampler
     sampler: ParallelSampler | None
     sample_text: list[torch.Tensor]
+    trackers: Trackers
     progress: Progress
     step: int = 0  # optimizer steps done
     done: list[str] = field(default_factory=list)  # phases, in words
@@ -224,7 +236,8 @@ def train_phase(run: Run, number: int, phase: Phase) -> None:
             # All ranks: each draws its share of the pictures.
             with run.progress.paused(), run.shipped_weights():
                 round_ = student_round(run.config, plan, run.step, number)
-                run.sampler.draw(round_, run.setup.as_field(run.setup.network, torch.float32), run.sample_text)
+                student = run.setup.as_field(run.setup.network, torch.float32)
+                draw(run.sampler, round_, student, run.sample_text, run.trackers)
     objective.close()
     run.done.append(f"{phase.objective} ({run.step - first} steps)")
 
@@ -336,7 +349,15 @@ def teacher_round(config: Config, plan: Plan) -> Round:
     )
 
 
-def draw_from_student(config: Config, ranks: Ranks) -> None:
+def draw(
+    sampler: ParallelSampler, round_: Round, velocity: VelocityField, text: list[torch.Tensor], trackers: Trackers
+) -> None:
+    """A round of pictures, also for the trackers. All ranks."""
+    rows = [asdict(row) for row in sampler.draw(round_, velocity, text)]
+    trackers.log_round(round_.step, rows, sampler.folder, means(rows))
+
+
+def draw_from_student(config: Config, ranks: Ranks, trackers: Trackers) -> None:
     """--sample_only: pictures from a finished student's pipeline, on any number of ranks."""
     info = inspect_teacher(config.student.student_path, flow_shift=config.student.student_shift, flag="--student_path")
     if info.boundary_ratio is not None:
@@ -351,6 +372,7 @@ def draw_from_student(config: Config, ranks: Ranks) -> None:
     for flag, pixels in {"--height": height, "--width": width}.items():
         check_pixels(flag, pixels, info.pixels_per_patch)
     num_steps = config.sampling.sample_steps or drawing.get("num_inference_steps") or PLAIN_DDIM_STEPS
+    trackers.start(config.to_dict())
     dtype = resolve_dtype(config.teacher.teacher_dtype, ranks.device)
     text = encode_all(config, info, prompts, dtype, ranks)
     transformer = load_transformer(info.folder, "transformer", dtype).to(ranks.device)
@@ -369,9 +391,18 @@ def draw_from_student(config: Config, ranks: Ranks) -> None:
         eta=config.sampling.sample_eta,
     )
     sampler = make_sampler(config, info, height, width, ranks)
-    sampler.draw(round_, field, [text[i] for i in range(len(prompts))])
+    draw(sampler, round_, field, [text[i] for i in range(len(prompts))], trackers)
     sampler.finish()
     say(ranks, f"pictures: {sampler.folder}/*.png\nreview page: {sampler.folder}/index.html")
+
+
+def make_review(folder: Path) -> None:
+    """--review: contact sheets and page of pictures that are there."""
+    if not (folder / "manifest.jsonl").is_file():
+        missing = "holds no manifest.jsonl" if folder.is_dir() else "no such folder"
+        raise UserError(f"--review {folder}: {missing}; give a folder of samples, e.g. outputs/tiny/samples")
+    if os.environ.get("RANK", "0") == "0":  # one writer, should torchrun have started several
+        print(f"review page: {redraw_review(folder)}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------- before and after
@@ -393,7 +424,8 @@ def begin_run(config: Config, plan: Plan) -> None:
                 f"--output_dir {folder}: holds another run; choose another folder, or pass --overwrite_output_dir to "
                 "replace it"
             )
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        for path in (folder / "metrics.jsonl", *(folder / "tensorboard").glob("events.out.tfevents.*")):
+            path.unlink(missing_ok=True)
         if own_samples:
             remove_rounds(samples)
         # The old student stays until the first export takes its place.

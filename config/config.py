@@ -193,12 +193,21 @@ class RunConfig:
     config: str | None = setting(None, "a recipe: TOML, its keys are these flags' names; flags win over it")
     output_dir: str = setting("outputs/run", "where everything that the run leaves behind goes")
     overwrite_output_dir: bool = setting(False, "replace another run's results in output_dir")
+    review: str | None = setting(None, "make the review page of a samples folder again, and do nothing else")
     seed: int = setting(0, "of weights, training noise and pictures", bound=SEED)
     distributed: bool = setting(False, "fail unless started by torchrun")
     multi_gpu: bool = setting(False, "start one process for each GPU")
     ddp_timeout: float = setting(3600.0, "seconds that a rank waits for the others", bound=POSITIVE)
     logging_steps: int = setting(10, "steps between two rows of metrics.jsonl", bound=AT_LEAST_ONE)
-    report_to: str = setting("none", "metrics go to metrics.jsonl only", choices=("none",))
+    report_to: tuple[str, ...] = setting(
+        (),
+        "trackers, besides metrics.jsonl: one, several, all that are installed, or none (default: none)",
+        choices=("none", "tensorboard", "wandb", "trackio", "all"),
+    )
+    tracker_project_name: str = setting("wan-distillation", "project in wandb and trackio", aliases=("tracker_name",))
+    run_name: str | None = setting(
+        None, "the run's name there (default: the last part of output_dir)", aliases=("tracker_run_name",)
+    )
 
 
 @dataclass(frozen=True)
@@ -390,6 +399,8 @@ def resolve_phase(
 
 def require(config: Config, given: dict[str, Given]) -> None:
     """Raises UserError for what is missing, or names a file that is not there."""
+    if config.run.review:
+        return  # nothing is trained or drawn, so nothing of that is needed
     sampling = config.sampling
     if not sampling.sample_only and config.student.student_path:
         raise UserError(f"{given['student_path'].source}: is for --sample_only; training starts from the teacher")
@@ -415,6 +426,8 @@ def require(config: Config, given: dict[str, Given]) -> None:
         )
     if "none" in config.scoring.score and len(config.scoring.score) > 1:
         raise UserError(f"{given['score'].source}: none stands alone")
+    if "none" in config.run.report_to and len(config.run.report_to) > 1:
+        raise UserError(f"{given['report_to'].source}: none stands alone")
     files = {
         "data_path": (config.data.data_path, "a .txt or .jsonl file of prompts"),
         "student_config": (config.student.student_config, "a JSON file"),
@@ -451,4 +464,5 @@ def resolve_defaults(config: Config, num_epochs: int | None) -> Config:
     )
     deadline = config.scoring.score_deadline or min(DEFAULT_SCORE_DEADLINE, config.run.ddp_timeout / 4)
     scoring = replace(config.scoring, score_deadline=deadline)
-    return replace(config, optimization=optimization, sampling=sampling, scoring=scoring)
+    run = replace(config.run, run_name=config.run.run_name or Path(config.run.output_dir).resolve().name)
+    return replace(config, optimization=optimization, sampling=sampling, scoring=scoring, run=run)

@@ -239,7 +239,8 @@ def _add_flags(group, s: Setting) -> None:
     if with_value:
         nargs = "+" if s.many else "?" if s.bare is not None else None
         kind = "{" + ",".join(map(str, s.choices)) + "}" if s.choices else s.kind.__name__.upper()
-        default = "" if s.default in (None, "", ()) else f" (default: {s.default})"
+        shown = ",".join(map(str, s.default)) if s.many else s.default
+        default = "" if shown in (None, "") else f" (default: {shown})"
         text = (s.help + default).replace("%", "%%")
         group.add_argument(*with_value, nargs=nargs, const=s.bare, metavar=kind, help=text, **common)
     if alone:

@@ -1,4 +1,4 @@
-"""What is seen of a run while it trains: a progress bar, and a row of metrics.jsonl every few steps."""
+"""What is seen of a run while it trains: a progress bar, and every few steps a row of metrics.jsonl and trackers."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from distillation.trackers import Trackers
 from distillation.trained import Trained
 from distributed.process_group import Ranks, mean_over_ranks
 
@@ -22,8 +23,11 @@ class Progress:
         prompts_per_step: over all ranks, for the speed.
     """
 
-    def __init__(self, path: Path, total_steps: int, every: int, prompts_per_step: int, ranks: Ranks) -> None:
-        self.path, self.every, self.prompts_per_step, self.ranks = path, every, prompts_per_step, ranks
+    def __init__(
+        self, path: Path, total_steps: int, every: int, prompts_per_step: int, ranks: Ranks, trackers: Trackers
+    ) -> None:
+        self.path, self.every, self.prompts_per_step = path, every, prompts_per_step
+        self.ranks, self.trackers = ranks, trackers
         self.bar = tqdm(total=total_steps, desc="training", unit="step", disable=not ranks.is_main, dynamic_ncols=True)
         self.total_steps = total_steps
         self._seconds, self._steps, self._sums, self._counts = 0.0, 0, {}, {}
@@ -66,6 +70,7 @@ class Progress:
         self._resumed = time.perf_counter()
         if self.ranks.is_main:
             self._write(row)
+            self.trackers.log(step, row)
         for name, value in losses(row).items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} at step {step} ({objective}); lower its learning rate")

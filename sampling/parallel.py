@@ -30,8 +30,8 @@ from models.folding import fold_texts
 from models.vae import decode, to_pil
 from sampling.ddim import randn, rollout
 from sampling.in_flight import Scoring
-from sampling.review import add_to_manifest, read_manifest, write_review
-from sampling.scoring import Shot, alarms, compare_prompts, failures, means
+from sampling.review import add_to_manifest, read_manifest, write_review, write_thumbnail
+from sampling.scoring import LABELS, Shot, alarms, compare_prompts, failures, means
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class ParallelSampler:
         shown = []
         for name, mean in means(rows).items():
             failed, asked = missing[name]
-            shown.append(f"{name} {mean:.3g}" + (f" ({failed} of {asked} failed)" if failed else ""))
+            shown.append(f"{LABELS.get(name, name)} {mean:.3g}" + (f" ({failed} of {asked} failed)" if failed else ""))
         if shown:
             log.info("%s: %s", round_.prefix, ", ".join(shown))
         for alarm in alarms(rows, [] if round_.weights == "teacher" else self._teacher):
@@ -328,6 +328,7 @@ class ParallelSampler:
                 continue
             try:
                 write_png(self.folder / row.file, picture, _facts(row) | {"ok": True})
+                write_thumbnail(self.folder, row.file, picture)
                 row.ok = True
             except Exception as failure:  # recorded with its picture; the others are written
                 row.error = f"{type(failure).__name__}: {failure}"

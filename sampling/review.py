@@ -1,18 +1,21 @@
 """What people look at: the manifest, a contact sheet a round, and a page that opens from disk."""
 
-import html
 import json
 import logging
 import math
 import os
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from sampling.review_page import THUMBNAIL, render_page
+
 log = logging.getLogger(__name__)
 
-THUMBNAIL = 256  # pixels, the longer side, on a contact sheet
+THUMBNAILS = "thumbnails"  # a folder beside the pictures
+THUMBNAIL_QUALITY = 85  # of JPEG
 SHEET_WIDTH = 1600  # pixels, at most
 MARGIN = 12
 CAPTION_HEIGHT = 36  # two lines of a prompt
@@ -29,16 +32,35 @@ def add_to_manifest(folder: Path, rows: list[dict]) -> None:
         if _prefix(row) not in prefixes:
             kept.append(row)
         elif row["file"] not in files:
-            (folder / Path(row["file"]).name).unlink(missing_ok=True)
+            _remove_picture(folder, row["file"])
     manifest = kept + rows
     _write(folder / "manifest.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in manifest))
 
 
-def write_review(folder: Path, rows: list[dict]) -> None:
-    """The contact sheet of a round, and the page of all rounds in the manifest. Rank 0 only; no collective."""
+def write_review(folder: Path, rows: list[dict], metrics: Path | None = None) -> None:
+    """The contact sheet of a round, and the page of all rounds in the manifest. Rank 0 only; no collective.
+
+    Args:
+        rows: the round's; none for the page alone.
+        metrics: metrics.jsonl, for the page's curves; by default the one in the folder or, as a run leaves it, in the
+            folder above. Without one there are no curves of loss and speed.
+    """
     if rows:
         write_contact_sheet(folder / f"{_prefix(rows[0])}.png", folder, rows)
-    _write(folder / "index.html", render_page(read_manifest(folder)))
+    manifest = read_manifest(folder)
+    _add_thumbnails(folder, manifest)
+    _write(folder / "index.html", render_page(manifest, _read_metrics(metrics or _find_metrics(folder))))
+
+
+def redraw_review(folder: Path) -> Path:
+    """All contact sheets and the page once more, of any samples folder. Returns the page's path."""
+    rounds = defaultdict(list)
+    for row in read_manifest(folder):
+        rounds[_prefix(row)].append(row)
+    for prefix, rows in rounds.items():
+        write_contact_sheet(folder / f"{prefix}.png", folder, rows)
+    write_review(folder, [])
+    return folder / "index.html"
 
 
 def _prefix(row: dict) -> str:
@@ -59,13 +81,73 @@ def read_manifest(folder: Path) -> list[dict]:
         return []
 
 
+def _find_metrics(folder: Path) -> Path:
+    beside = folder / "metrics.jsonl"
+    return beside if beside.exists() else folder.resolve().parent / "metrics.jsonl"
+
+
+def _read_metrics(path: Path) -> list[dict]:
+    """The rows of metrics.jsonl that are whole: a run that is being stopped, or still writes, leaves a torn one."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
+    return rows
+
+
 def remove_rounds(folder: Path) -> None:
     """Delete what rounds have left in the folder: the pictures that its manifest names, sheets, manifest and page."""
     for row in read_manifest(folder):
-        (folder / Path(row["file"]).name).unlink(missing_ok=True)
+        _remove_picture(folder, row["file"])
         (folder / f"{_prefix(row)}.png").unlink(missing_ok=True)
     for name in ("manifest.jsonl", "index.html"):
         (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # not there, or somebody's own pictures are in it
+        (folder / THUMBNAILS).rmdir()
+
+
+def _remove_picture(folder: Path, file: str) -> None:
+    """With its thumbnail. Of `file` only the name counts: nothing outside the folder is deleted."""
+    (folder / Path(file).name).unlink(missing_ok=True)
+    _thumbnail_path(folder, file).unlink(missing_ok=True)
+
+
+def _thumbnail_path(folder: Path, file: str) -> Path:
+    return folder / THUMBNAILS / f"{Path(file).stem}.jpg"
+
+
+def write_thumbnail(folder: Path, file: str, picture: Image.Image) -> None:
+    """The small copy of a picture that the page shows first. A picture of up to THUMBNAIL pixels needs none."""
+    if max(picture.size) <= THUMBNAIL:
+        return
+    small = picture.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    path = _thumbnail_path(folder, file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        small.save(temporary, format="JPEG", quality=THUMBNAIL_QUALITY)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # what a full disk leaves half written
+
+
+def _add_thumbnails(folder: Path, manifest: list[dict]) -> None:
+    """Those that are absent, as in a folder from before there were thumbnails."""
+    present = {path.name for path in (folder / THUMBNAILS).glob("*.jpg")}
+    for row in manifest:
+        large = row["ok"] and max(row["width"], row["height"]) > THUMBNAIL
+        if large and _thumbnail_path(folder, row["file"]).name not in present:
+            try:
+                with Image.open(folder / row["file"]) as picture:
+                    write_thumbnail(folder, row["file"], picture)
+            except OSError as error:  # another machine's picture, or a folder that is read only: the page does without
+                log.debug("no thumbnail of %s: %s", row["file"], error)
 
 
 def write_contact_sheet(path: Path, folder: Path, rows: list[dict]) -> None:
@@ -127,62 +209,6 @@ def _shorten(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     while font.getlength(f"{line[: kept + 1]}…") <= width:
         kept += 1
     return f"{line[:kept]}…"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Samples</title>
-<style>
-:root {{ color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif }}
-body {{ margin: 1rem }}
-table {{ border-collapse: collapse }}
-th, td {{ padding: .3rem; vertical-align: top; text-align: left; font-weight: normal }}
-thead th {{ position: sticky; top: 0; z-index: 1; background: Canvas; font-weight: 600; white-space: nowrap }}
-tbody th {{ position: sticky; left: 0; background: Canvas; max-width: 18rem; min-width: 9rem; overflow-wrap: anywhere }}
-img, .failed, small {{ display: block; width: {width}px }}
-img {{ height: auto; image-rendering: {rendering} }}
-small {{ opacity: .75 }} .failed {{ color: #c22; overflow-wrap: anywhere }}
-</style>
-<h1>Samples</h1>
-<p>{summary}</p>
-<table><thead><tr><th>Prompt</th>{head}</tr></thead>
-<tbody>
-{body}
-</tbody></table>
-</html>
-"""
-
-
-def render_page(manifest: list[dict]) -> str:
-    """Prompts down, rounds across: the teacher first, then epochs, the newest first. All text is escaped."""
-    rounds = sorted({_round(row) for row in manifest}, key=lambda r: (r[0] != "teacher", -r[1]))
-    cells: dict[tuple[int, str], dict] = defaultdict(dict)
-    for row in manifest:
-        cells[row["prompt_index"], row["prompt"]][_round(row)] = row
-    body = []
-    for (_, prompt), by_round in sorted(cells.items()):
-        tds = "".join(f"<td>{_cell(by_round[r])}</td>" if r in by_round else "<td></td>" for r in rounds)
-        body.append(f"<tr><th scope=row>{html.escape(prompt)}</th>{tds}</tr>")
-    failed = sum(not row["ok"] for row in manifest)
-    summary = f"Pictures: {len(manifest)}, prompts: {len(cells)}" + (f", failed: {failed}" if failed else "")
-    head = "".join(f"<th>{'teacher' if kind == 'teacher' else f'epoch {epoch}'}</th>" for kind, epoch in rounds)
-    small = bool(manifest) and max(manifest[0]["width"], manifest[0]["height"]) < 256
-    look = dict(width=128, rendering="pixelated") if small else dict(width=240, rendering="auto")
-    return _PAGE.format(summary=summary, head=head, body="\n".join(body), **look)
-
-
-def _round(row: dict) -> tuple[str, int]:
-    return ("teacher", 0) if row["weights"] == "teacher" else ("student", row["epoch"])
-
-
-def _cell(row: dict) -> str:
-    if not row["ok"]:
-        return f"<div class=failed>failed: {html.escape(row['error'] or '')}</div>"
-    file, prompt = html.escape(row["file"], quote=True), html.escape(row["prompt"], quote=True)
-    facts = f"step {row['step']} · seed {row['seed']} · {row['num_inference_steps']} steps"
-    if row.get("phase"):
-        facts += f" · phase {html.escape(row['phase'])}"
-    return f'<a href="{file}"><img src="{file}" alt="{prompt}" loading="lazy"></a><small>{facts}</small>'
 
 
 def _write(path: Path, text: str) -> None:

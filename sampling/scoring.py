@@ -28,6 +28,8 @@ from PIL import Image
 from config.config import ScoringConfig
 from config.errors import UserError
 
+LABELS = {"fidelity": "likeness to the teacher"}  # where a scorer's name would promise too much
+
 FLAT = 0.01  # contrast under which a picture shows nothing
 BLACK = 0.05  # luminance that 99 % of a black picture's pixels stay under
 THUMBPRINT = 8  # pixels a side, of what pictures of different prompts are compared by

@@ -1,4 +1,4 @@
-"""A judge's server for tests: real HTTP, OpenAI's protocol, told by the prompt how to behave."""
+"""A judge's server for tests and benchmarks: real HTTP, OpenAI's protocol, told by the prompt how to behave."""
 
 import json
 import threading
@@ -33,6 +33,7 @@ class _Handler(BaseHTTPRequestHandler):
                 server.running -= 1
 
     def _answer(self, prompt, times):
+        time.sleep(self.server.delay)
         how = prompt.split()[0]
         if how == "slow":
             time.sleep(0.3)
@@ -66,8 +67,9 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self):
+    def __init__(self, delay):
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.delay = delay
         self.lock, self.over, self.asked, self.running, self.most = threading.Lock(), threading.Event(), Counter(), 0, 0
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -76,9 +78,13 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def judge_server():
-    """`url`, how often each prompt was `asked`, and the `most` calls at the same time."""
-    server = _Server()
+def judge_server(delay: float = 0.0):
+    """`url`, how often each prompt was `asked`, and the `most` calls at the same time.
+
+    Args:
+        delay: seconds that every answer takes.
+    """
+    server = _Server(delay)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server

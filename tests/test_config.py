@@ -104,6 +104,16 @@ def test_defaults_are_resolved(files):
     assert config.notes == ()
 
 
+def test_trackers(files):
+    run = load("--output_dir", "outputs/tiny").run
+    assert (run.report_to, run.tracker_project_name, run.run_name) == ((), "wan-distillation", "tiny")
+    assert load("--report_to", "none").run.report_to == ("none",)
+    for argv in (["--report_to", "tensorboard", "wandb"], ["--report_to", "tensorboard,wandb"]):
+        assert load(*argv).run.report_to == ("tensorboard", "wandb")
+    run = load("--report_to", "all", "--tracker_name", "pictures", "--run_name", "second").run
+    assert (run.report_to, run.tracker_project_name, run.run_name) == (("all",), "pictures", "second")
+
+
 def test_an_explicit_sample_seed_of_zero_is_kept(files):
     assert load("--seed", "7", "--sample_seed", "0").sampling.sample_seed == 0
 
@@ -227,7 +237,8 @@ def test_to_dict_is_json(files):
         (["--use_ema", "--no_use_ema"], ["--use_ema", "--no_use_ema", "different values"]),
         (["--teacher_on_cpu", "--teacher_device_strategy", "auto"], ["--teacher_on_cpu", "different values"]),
         (["--sampler", "ddmi"], ['--sampler "ddmi"', "ddim, renoise", "did you mean 'ddim'?"]),
-        (["--report_to", "wandb"], ['--report_to "wandb"', "expected one of none"]),
+        (["--report_to", "wandbd"], ["--report_to", "none, tensorboard, wandb, trackio, all", "'wandb'?"]),
+        (["--report_to", "none", "wandb"], ["--report_to", "none stands alone"]),
         (["--batch_size", "2.5"], ['--batch_size "2.5"', "a whole number >= 1"]),
         (["--lr", "fast"], ['--lr "fast"', "a number > 0"]),
         (["--lr", "nan"], ["--lr", "a number > 0"]),
