@@ -9,14 +9,18 @@ import gc
 import json
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 import traceback
+import warnings
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import diffusers
 import torch
@@ -27,25 +31,29 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config.config import PHASE_SETTINGS, Config, Phase, load_config
 from config.errors import UserError
-from data.prompt_embeddings import PromptEmbeddings, encode_prompts, encoder_key
+from data.prompt_embeddings import Batch, PromptEmbeddings, encode_prompts, encoder_key
 from data.sampler import PromptSampler
 from distillation.ema import EMA
 from distillation.objective import Noise, Objective, Setup, build_objective, settings_of
 from distillation.plan import Plan, describe, make_plan, read_sample_prompts
 from distillation.progress import Progress
+from distillation.resume import Position, Resumed, keep_rows_until, phase_ends, state_of
 from distillation.trackers import Trackers, chosen_trackers
 from distillation.trained import Trained
+from distributed.checkpoint import LATEST, Checkpoints, find_checkpoint
 from distributed.process_group import (
     Ranks,
     barrier,
     check_launch,
     destroy,
     fail,
+    gather_objects,
     init_process_group,
     mean_over_ranks,
     on_main,
 )
 from distributed.sharding import wrap
+from distributed.stop import Stopped, StopSignal
 from models.export import DRAWING_FILE, StudentCard, check_export_target, export_student
 from models.flow import VelocityField, few_step_grid, few_step_scheduler
 from models.folding import MAX_SEQUENCE_LENGTH, fold_text_attention
@@ -70,6 +78,7 @@ from sampling.review import redraw_review, remove_rounds
 from sampling.scoring import build_scorers, check_scorers, means
 
 LOOKING = -1  # in place of an update's number, in the noise with which an objective only looks at the student
+PROMPTS_NAMED = 4  # of a step that was skipped
 PLAIN_DDIM_STEPS = 10  # where a pipeline does not say how it draws
 PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -100,26 +109,31 @@ def run(argv: list[str]) -> None:
         say(ranks, note)
     on_main(ranks, lambda: chosen_trackers(config.run.report_to))  # a missing package ends all ranks
     # Lines of the log stand above progress bars, not in them.
+    stop = StopSignal()
     with logging_redirect_tqdm(), Trackers(config.run, ranks.is_main) as trackers:
-        if config.sampling.sample_only:
-            draw_from_student(config, ranks, trackers)
-        else:
-            train(config, ranks, trackers)
+        try:
+            if config.sampling.sample_only:
+                draw_from_student(config, ranks, trackers, stop)
+            else:
+                train(config, ranks, trackers, stop)
+        except Stopped:
+            say(ranks, how_to_go_on(config, ranks))
     destroy()
 
 
-def train(config: Config, ranks: Ranks, trackers: Trackers) -> None:
+def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) -> None:
     # What a user can get wrong is looked at first: configs and prompts are read, no weight is loaded.
     plan = make_plan(config, ranks)
     if plan.sample_prompts:
         check_scorers(config.scoring)
-    on_main(ranks, lambda: begin_run(config, plan))
+    resumed = find_resumed(config, plan, ranks)
+    on_main(ranks, lambda: begin_run(config, plan, resumed))
     say(ranks, f"train_distillation.py\n{describe(plan, config, ranks)}")
     trackers.start(config.to_dict() | {"resolved": plan.resolved()})
 
     # The prompts to train on, those to draw, and the negative one: encoded once, split over the ranks, kept on disk.
     all_prompts = [*plan.prompts, *plan.sample_prompts, config.teacher.negative_prompt]
-    text = encode_all(config, plan.info, all_prompts, plan.dtype, ranks)
+    text = encode_all(config, plan.info, all_prompts, plan.dtype, ranks, stop)
     sample_text = [text[len(plan.prompts) + i] for i in range(len(plan.sample_prompts))]
 
     # Teacher and student. One seed for weights: what is fresh in the student is alike on every rank.
@@ -129,6 +143,7 @@ def train(config: Config, ranks: Ranks, trackers: Trackers) -> None:
     student = make_student(config, plan, teacher, ranks)
     wrapped = wrap(student, ranks)
     barrier()  # all ranks: the first all-reduce is not started while a slower rank still reads weights
+    stop.check()
 
     expand, autocast = plan.info.expand_timesteps, PRECISION[config.optimization.mixed_precision]
 
@@ -137,8 +152,10 @@ def train(config: Config, ranks: Ranks, trackers: Trackers) -> None:
     def as_field(network: torch.nn.Module, dtype: torch.dtype = torch.float32) -> WanVelocity:
         return WanVelocity(network, expand, dtype, autocast)
 
-    sampler = make_sampler(config, plan.info, plan.spec.height, plan.spec.width, ranks) if plan.sample_prompts else None
-    if sampler and config.sampling.sample_teacher:
+    sampler = None
+    if plan.sample_prompts:
+        sampler = make_sampler(config, plan.info, plan.spec.height, plan.spec.width, ranks, stop)
+    if sampler and config.sampling.sample_teacher and not resumed:
         draw(sampler, teacher_round(config, plan), teacher, sample_text, trackers)  # all ranks
 
     settings = config.optimization
@@ -164,14 +181,22 @@ def train(config: Config, ranks: Ranks, trackers: Trackers) -> None:
             ranks,
             trackers,
         ),
+        checkpoints=Checkpoints(Path(config.run.output_dir) / "checkpoints", config.run.checkpoints_total_limit, ranks),
+        stop=stop,
     )
+    if resumed:
+        resumed.restore_run(student, run.ema, run.prompts, run.progress)
+        run.step, run.done = resumed.position.step, resumed.position.done
     for number, phase in enumerate(plan.phases, 1):
-        train_phase(run, number, phase)
+        if resumed and number < resumed.position.phase:
+            continue
+        train_phase(run, number, phase, resumed if resumed and number == resumed.position.phase else None)
         gc.collect()  # a phase's optimizers and networks hang in cycles, and the next phase needs their memory
         # Rank 0 writes, and tells the others whether it worked.
         with run.shipped_weights():
             on_main(ranks, lambda: export(config, plan, student, run.step, run.done, ranks))
     run.progress.close()
+    run.checkpoints.finish()
     if sampler:
         sampler.finish()  # people look at the folder when the program says that it is done
     say(ranks, results(config, plan))
@@ -193,6 +218,8 @@ class Run:
     sample_text: list[torch.Tensor]
     trackers: Trackers
     progress: Progress
+    checkpoints: Checkpoints
+    stop: StopSignal
     step: int = 0  # optimizer steps done
     done: list[str] = field(default_factory=list)  # phases, in words
 
@@ -201,26 +228,55 @@ class Run:
         return self.ema.applied() if self.ema else nullcontext()
 
 
-def train_phase(run: Run, number: int, phase: Phase) -> None:
-    """One objective for its steps, or until it ends itself. What it alone trains is gone afterwards."""
+def train_phase(run: Run, number: int, phase: Phase, resumed: Resumed | None) -> None:
+    """One objective for its steps, or until it ends itself. What it alone trains is gone afterwards.
+
+    Args:
+        resumed: the checkpoint, where the phase was in progress when it was written.
+    """
     plan, settings, ranks = run.plan, run.config.optimization, run.ranks
-    objective = build_objective(phase.objective, replace(run.setup, first_step=run.step), phase.settings)
+    began, ends, ended_itself = run.step, run.step + phase.steps, False
+    if resumed:
+        began, ended_itself = resumed.position.began, resumed.position.ended
+        ends = phase_ends(resumed.position, phase)
+    objective = build_objective(phase.objective, replace(run.setup, first_step=began), phase.settings)
     student_steps = phase.steps - objective.steps_without_student()
     trained = {"student": Trained(run.setup.network, settings, phase, ranks, run.wrapped, steps=student_steps)}
     for name, network in objective.networks().items():
         rate = objective.learning_rate(name, phase.learning_rate)
         trained[name] = Trained(network, settings, phase, ranks, learning_rate=rate)
     objective.use({name: network.wrapped for name, network in trained.items() if name != "student"})
-    first, ends = run.step, run.step + phase.steps
+
+    def save() -> None:
+        """All ranks."""
+        position = Position(run.step, number, began, ended_itself, run.done)
+        prompts = run.prompts.state_dict()
+        state = state_of(position, run.config, plan, run.setup.network, run.ema, prompts, objective, trained)
+        run.checkpoints.save(run.step, state, run.progress.state_dict())
+
+    def sample() -> None:
+        """All ranks: each draws its share of the pictures."""
+        if not run.sampler or not (plan.is_sampling_step(run.step) or run.step == run.progress.total_steps):
+            return
+        with run.progress.paused(), run.shipped_weights():
+            round_ = student_round(run.config, plan, run.step, number)
+            student = run.setup.as_field(run.setup.network, torch.float32)
+            draw(run.sampler, round_, student, run.sample_text, run.trackers)
+
+    if resumed:
+        resumed.restore_phase(objective, trained)
+        sample()  # the checkpoint is older than the round of its step, which may be missing
+    skipped_in_a_row = 0
     while run.step < ends:
         batches = [run.text.batch(next(run.prompts)) for _ in range(settings.gradient_accumulation_steps)]
-        figures = optimization_step(
+        figures, skipped = optimization_step(
             objective, trained, batches, run.config.run.seed, run.step, plan.latent_shape, ranks
         )
         objective.after_step(run.step)
         if run.ema:
             run.ema.update()
         run.step += 1
+        skipped_in_a_row = note_skipped(run, skipped, skipped_in_a_row)
         # All ranks look, and see the same.
         noise = Noise(run.config.run.seed, ranks.rank, run.step, LOOKING, 0, plan.latent_shape, ranks.device)
         remark = objective.look(run.step, batches[0], noise, mean_over_ranks)
@@ -228,35 +284,46 @@ def train_phase(run: Run, number: int, phase: Phase) -> None:
             run.progress.say(remark.words)
         if remark and remark.ends_phase:
             run.progress.skip(ends - run.step)
-            ends = run.step
+            ends, ended_itself = run.step, True
         # All ranks: a logged row is the mean over them.
         epoch = plan.epoch_of(run.step)
         run.progress.advance(run.step, epoch, number, phase.objective, figures, trained, run.step == ends)
-        if run.sampler and (plan.is_sampling_step(run.step) or run.step == run.progress.total_steps):
-            # All ranks: each draws its share of the pictures.
-            with run.progress.paused(), run.shipped_weights():
-                round_ = student_round(run.config, plan, run.step, number)
-                student = run.setup.as_field(run.setup.network, torch.float32)
-                draw(run.sampler, round_, student, run.sample_text, run.trackers)
+        # All ranks: they find out together whether one of them was asked to stop.
+        stops = run.stop.agreed()
+        if stops or run.step % run.config.run.checkpointing_steps == 0 or run.step == run.progress.total_steps:
+            save()
+        if stops:
+            raise Stopped
+        try:
+            sample()
+        except Stopped:
+            save()
+            raise
     objective.close()
-    run.done.append(f"{phase.objective} ({run.step - first} steps)")
+    run.done.append(f"{phase.objective} ({run.step - began} steps)")
+
+
+class Skipped(NamedTuple):
+    """An update that was left out: its network, and the numbers of this rank's prompts whose loss was not finite."""
+
+    network: str
+    prompts: list[int]
 
 
 def optimization_step(
     objective: Objective,
     trained: dict[str, Trained],
-    batches: list,
+    batches: list[Batch],
     seed: int,
     step: int,
     latent_shape: tuple[int, ...],
     ranks: Ranks,
-) -> dict[str, torch.Tensor]:
-    """One step's updates, over all its micro-batches. Returns its figures on the device: nothing waits for a GPU."""
-    schedule, figures = objective.schedule(step), {}
+) -> tuple[dict[str, torch.Tensor], list[Skipped]]:
+    """One step's updates, over all its micro-batches. Returns its figures, on the device, without those of updates that
+    were skipped, which are the same on all ranks."""
+    schedule, sums, counts, skipped = objective.schedule(step), {}, Counter(), []
     for update, name in enumerate(schedule):
-        network = trained[name]
-        prefix = "" if name == "student" else f"{name}_"
-        weight = 1 / (len(batches) * schedule.count(name))
+        network, losses, figures = trained[name], [], {}
         for micro_step, batch in enumerate(batches):
             noise = Noise(seed, ranks.rank, step, update, micro_step, latent_shape, ranks.device)
             # Gradients travel once an update: with the last micro-batch. no_sync must enclose the forward too.
@@ -264,20 +331,52 @@ def optimization_step(
             with nullcontext() if travels else network.wrapped.no_sync():
                 loss, extra = objective.loss(name, batch, noise)
                 network.scaler.scale(loss / len(batches)).backward()
+            losses.append(loss.detach())
             for key, value in {"loss": loss.detach(), **extra}.items():
-                figures[prefix + key] = figures.get(prefix + key, 0.0) + value * weight
-        figures[f"{prefix}grad_norm"] = network.step()
+                figures[key] = figures.get(key, 0.0) + value / len(batches)
+        figures["grad_norm"], updated = network.step()
+        if not updated:
+            bad = [i for b, loss in zip(batches, losses, strict=True) if not loss.isfinite() for i in b.prompt_indices]
+            skipped.append(Skipped(name, bad))
+            continue
+        prefix = "" if name == "student" else f"{name}_"
+        counts[name] += 1
+        for key, value in figures.items():  # the mean over a network's updates
+            mean = sums.get(prefix + key, value)
+            sums[prefix + key] = mean + (value - mean) / counts[name]
     for name, network in trained.items():
         if name != "student" or name in schedule:  # the others keep pace with the phase, trained in this step or not
             network.lr_scheduler.step()
-    return figures
+    return sums, skipped
+
+
+def note_skipped(run: Run, skipped: list[Skipped], in_a_row: int) -> int:
+    """Say and count a step that was skipped, all ranks together. Returns how many there are in a row.
+
+    Raises RuntimeError, on all ranks, when there are too many.
+    """
+    if not skipped:
+        return 0
+    run.progress.nonfinite_steps += 1
+    bad = sorted({i for other in gather_objects([i for s in skipped for i in s.prompts]) for i in other})
+    prompts = "; ".join(repr(run.plan.prompts[i]) for i in bad[:PROMPTS_NAMED]) or "their losses are finite"
+    names = ", ".join(dict.fromkeys(s.network for s in skipped))
+    words = f"step {run.step}: the gradient of {names} is not finite; update skipped. Its prompts: {prompts}"
+    run.progress.say(f"{words}{f' and {len(bad) - PROMPTS_NAMED} more' if len(bad) > PROMPTS_NAMED else ''}")
+    limit = run.config.optimization.max_nonfinite_steps
+    if in_a_row + 1 >= limit:
+        raise RuntimeError(
+            f"{limit} steps in a row up to step {run.step} had gradients that are not finite (--max_nonfinite_steps): "
+            "the learning rate may be too high, or a weight is not finite; the last checkpoint is from before that"
+        )
+    return in_a_row + 1
 
 
 # ------------------------------------------------------------------------------------------------------- parts
 
 
 def encode_all(
-    config: Config, info: TeacherInfo, prompts: list[str], dtype: torch.dtype, ranks: Ranks
+    config: Config, info: TeacherInfo, prompts: list[str], dtype: torch.dtype, ranks: Ranks, stop: StopSignal
 ) -> PromptEmbeddings:
     """Every prompt's text embedding, from disk where an earlier run left it. The text encoder is freed at the end."""
     download_weights(info)  # every rank asks: the hub's file locks let one of a machine's ranks fetch each file
@@ -288,7 +387,7 @@ def encode_all(
         pipeline = load_text_pipeline(info, ranks.device, dtype)
         return lambda batch: encode_text(pipeline, batch)
 
-    return encode_prompts(prompts, load_encoder, cache, key, ranks)
+    return encode_prompts(prompts, load_encoder, cache, key, ranks, after_part=stop.check)
 
 
 def make_student(config: Config, plan: Plan, teacher: Teacher, ranks: Ranks) -> WanTransformer3DModel:
@@ -301,7 +400,9 @@ def make_student(config: Config, plan: Plan, teacher: Teacher, ranks: Ranks) -> 
     return fold_text_attention(student).to(ranks.device).train()
 
 
-def make_sampler(config: Config, info: TeacherInfo, height: int, width: int, ranks: Ranks) -> ParallelSampler:
+def make_sampler(
+    config: Config, info: TeacherInfo, height: int, width: int, ranks: Ranks, stop: StopSignal
+) -> ParallelSampler:
     scorers = build_scorers(config.scoring, ranks.device)
     scoring = Scoring(scorers, config.scoring.max_concurrent_evals, config.scoring.score_deadline) if scorers else None
     return ParallelSampler(
@@ -311,6 +412,7 @@ def make_sampler(config: Config, info: TeacherInfo, height: int, width: int, ran
         ranks,
         config.sampling.sample_batch_size,
         scoring,
+        stop,
     )
 
 
@@ -357,7 +459,7 @@ def draw(
     trackers.log_round(round_.step, rows, sampler.folder, means(rows))
 
 
-def draw_from_student(config: Config, ranks: Ranks, trackers: Trackers) -> None:
+def draw_from_student(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) -> None:
     """--sample_only: pictures from a finished student's pipeline, on any number of ranks."""
     info = inspect_teacher(config.student.student_path, flow_shift=config.student.student_shift, flag="--student_path")
     if info.boundary_ratio is not None:
@@ -374,7 +476,7 @@ def draw_from_student(config: Config, ranks: Ranks, trackers: Trackers) -> None:
     num_steps = config.sampling.sample_steps or drawing.get("num_inference_steps") or PLAIN_DDIM_STEPS
     trackers.start(config.to_dict())
     dtype = resolve_dtype(config.teacher.teacher_dtype, ranks.device)
-    text = encode_all(config, info, prompts, dtype, ranks)
+    text = encode_all(config, info, prompts, dtype, ranks, stop)
     transformer = load_transformer(info.folder, "transformer", dtype).to(ranks.device)
     field = WanVelocity(transformer, info.expand_timesteps, dtype)
     round_ = Round(
@@ -390,7 +492,7 @@ def draw_from_student(config: Config, ranks: Ranks, trackers: Trackers) -> None:
         sampler=config.sampling.sampler,
         eta=config.sampling.sample_eta,
     )
-    sampler = make_sampler(config, info, height, width, ranks)
+    sampler = make_sampler(config, info, height, width, ranks, stop)
     draw(sampler, round_, field, [text[i] for i in range(len(prompts))], trackers)
     sampler.finish()
     say(ranks, f"pictures: {sampler.folder}/*.png\nreview page: {sampler.folder}/index.html")
@@ -408,8 +510,37 @@ def make_review(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------- before and after
 
 
-def begin_run(config: Config, plan: Plan) -> None:
-    """Make the output folder and write the resolved settings into it; one that holds another run is refused.
+def find_resumed(config: Config, plan: Plan, ranks: Ranks) -> Resumed | None:
+    """The checkpoint to go on from, if any; says what is different now. All ranks."""
+    asked = config.run.resume_from_checkpoint
+    if not asked:
+        return None
+    if config.run.overwrite_output_dir:
+        say(ranks, f"--overwrite_output_dir: not resumed from {asked}, but begun anew")
+        return None
+    folder = find_checkpoint(asked, Path(config.run.output_dir) / "checkpoints", ranks)
+    if folder is None:
+        say(ranks, f"--resume_from_checkpoint latest: no checkpoint in {config.run.output_dir} yet; begun anew")
+        return None
+    resumed = Resumed(folder, ranks)
+    for difference in resumed.check(config, plan):
+        say(ranks, f"not as in the checkpoint: {difference}")
+    if resumed.world_size != ranks.world_size:
+        say(ranks, f"written by {resumed.world_size} ranks, now {ranks.world_size}: goes on, but not bit for bit")
+    say(ranks, f"resumed from {folder}, after step {resumed.position.step}")
+    return resumed
+
+
+def how_to_go_on(config: Config, ranks: Ranks) -> str:
+    rest = [a for a in sys.argv if a != "--overwrite_output_dir"]
+    if "--resume_from_checkpoint" not in rest and not config.run.resume_from_checkpoint:
+        rest += ["--resume_from_checkpoint", LATEST]
+    return f"stopped; to go on: {shlex.join([*launcher(ranks), *rest])}"
+
+
+def begin_run(config: Config, plan: Plan, resumed: Resumed | None) -> None:
+    """Make the output folder and write the resolved settings into it; one that holds another run is refused, unless it
+    is the one to go on with.
 
     Rank 0 only; no collective.
     """
@@ -417,13 +548,19 @@ def begin_run(config: Config, plan: Plan) -> None:
     check_export_target(folder / "student", plan.info.folder)
     # A --sample_dir elsewhere may hold other runs' pictures too.
     own_samples = samples.resolve().is_relative_to(folder.resolve())
-    left = [folder / "metrics.jsonl", folder / "student", *([samples / "manifest.jsonl"] if own_samples else [])]
-    if any(path.exists() for path in left):
-        if not config.run.overwrite_output_dir:
+    left = [folder / name for name in ("metrics.jsonl", "student", "checkpoints")]
+    left += [samples / "manifest.jsonl"] if own_samples else []
+    if resumed:
+        keep_rows_until(folder / "metrics.jsonl", resumed.position.step)
+    elif any(path.exists() for path in left):
+        # A run that was to be resumed, and ended before it had a checkpoint, has left nothing worth keeping.
+        nothing_yet = config.run.resume_from_checkpoint and not (folder / "student").exists()
+        if not config.run.overwrite_output_dir and not nothing_yet:
             raise UserError(
-                f"--output_dir {folder}: holds another run; choose another folder, or pass --overwrite_output_dir to "
-                "replace it"
+                f"--output_dir {folder}: holds another run; choose another folder, pass --resume_from_checkpoint "
+                "latest to go on with it, or --overwrite_output_dir to replace it"
             )
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         for path in (folder / "metrics.jsonl", *(folder / "tensorboard").glob("events.out.tfevents.*")):
             path.unlink(missing_ok=True)
         if own_samples:
@@ -501,6 +638,8 @@ def set_up_logging(ranks: Ranks) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for package in ("config", "data", "models", "sampling", "distillation", "distributed"):
         logging.getLogger(package).setLevel(logging.INFO)
+    # A network that its objective does not update in a phase's first step.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

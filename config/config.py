@@ -127,6 +127,11 @@ class OptimizationConfig:
     adam_weight_decay: float = setting(0.01, "AdamW", bound=NOT_NEGATIVE)
     adam_epsilon: float = setting(1e-8, "AdamW", bound=POSITIVE)
     mixed_precision: str = setting("no", "alone: bf16", choices=("no", "fp16", "bf16"), bare="bf16")
+    max_nonfinite_steps: int = setting(
+        20,
+        "steps in a row with a gradient that is not finite, each of them skipped, after which the run ends",
+        bound=AT_LEAST_ONE,
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower")
     use_ema: bool = setting(False, "keep an average of the student's weights, draw with it and export it")
     ema_decay: float = setting(0.999, "of that average", bound=BELOW_ONE)
@@ -198,6 +203,15 @@ class RunConfig:
     distributed: bool = setting(False, "fail unless started by torchrun")
     multi_gpu: bool = setting(False, "start one process for each GPU")
     ddp_timeout: float = setting(3600.0, "seconds that a rank waits for the others", bound=POSITIVE)
+    checkpointing_steps: int = setting(
+        500,
+        "steps between two checkpoints; there is always one at the end, and when the run is stopped",
+        bound=AT_LEAST_ONE,
+    )
+    checkpoints_total_limit: int | None = setting(2, "older checkpoints are deleted", bound=AT_LEAST_ONE)
+    resume_from_checkpoint: str | None = setting(
+        None, "a checkpoint's folder, or latest: go on where it was written (from the start where there is none)"
+    )
     logging_steps: int = setting(10, "steps between two rows of metrics.jsonl", bound=AT_LEAST_ONE)
     report_to: tuple[str, ...] = setting(
         (),

@@ -82,6 +82,7 @@ def encode_prompts(
     ranks: Ranks,
     batch_size: int = 32,
     progress: bool = True,
+    after_part: Callable[[], None] = lambda: None,
 ) -> PromptEmbeddings:
     """Embeddings of all prompts; those that the cache lacks are encoded first, each on one rank. Collective.
 
@@ -93,6 +94,7 @@ def encode_prompts(
         key: from `encoder_key`.
         batch_size: prompts a call of the encoder.
         progress: whether rank 0 shows a bar of its share.
+        after_part: called by all ranks together between parts; what it raises, on all of them alike, ends the encoding.
 
     Raises:
         What encoding or writing raised, on the rank where it was raised; RuntimeError with that rank's words on the
@@ -101,7 +103,7 @@ def encode_prompts(
     folder = Path(cache_dir) / key
     parts, missing = _agree_on_missing(prompts, folder, ranks)
     if missing:
-        written = _encode_missing(missing, load_encoder, folder, ranks, batch_size, progress)
+        written = _encode_missing(missing, load_encoder, folder, ranks, batch_size, progress, after_part)
         # All ranks: names are exchanged, not listed again. A network file system may list what it saw minutes ago.
         for names in gather_objects(written):
             parts.update(names)
@@ -191,7 +193,13 @@ def _stored_names(folder: Path) -> dict[str, Path]:
 
 
 def _encode_missing(
-    missing: list[str], load_encoder: Callable[[], Encode], folder: Path, ranks: Ranks, batch_size: int, progress: bool
+    missing: list[str],
+    load_encoder: Callable[[], Encode],
+    folder: Path,
+    ranks: Ranks,
+    batch_size: int,
+    progress: bool,
+    after_part: Callable[[], None],
 ) -> dict[str, Path]:
     """Encode and write this rank's share of `missing`; the names that it wrote. Collective."""
     first, end = (len(missing) * r // ranks.world_size for r in (ranks.rank, ranks.rank + 1))
@@ -205,6 +213,7 @@ def _encode_missing(
         for i in range(rounds):
             part = share[i * PROMPTS_PER_PART : (i + 1) * PROMPTS_PER_PART]
             written |= together(_write_part, part, encode, folder, batch_size, bar)
+            after_part()
     return written
 
 

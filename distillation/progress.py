@@ -29,7 +29,8 @@ class Progress:
         self.path, self.every, self.prompts_per_step = path, every, prompts_per_step
         self.ranks, self.trackers = ranks, trackers
         self.bar = tqdm(total=total_steps, desc="training", unit="step", disable=not ranks.is_main, dynamic_ncols=True)
-        self.total_steps = total_steps
+        self.total_steps, self.skipped = total_steps, 0
+        self.nonfinite_steps = 0  # so far
         self._seconds, self._steps, self._sums, self._counts = 0.0, 0, {}, {}
         self._resumed = time.perf_counter()
 
@@ -66,14 +67,12 @@ class Progress:
         row |= dict(zip(keys, means, strict=True))
         row |= {"lr" if name == "student" else f"{name}_lr": t.learning_rate for name, t in trained.items()}
         row |= {"step_seconds": step_seconds, "samples_per_second": self.prompts_per_step / step_seconds}
+        row |= {"nonfinite_steps": self.nonfinite_steps} if self.nonfinite_steps else {}
         self._seconds, self._steps, self._sums, self._counts = 0.0, 0, {}, {}
         self._resumed = time.perf_counter()
         if self.ranks.is_main:
             self._write(row)
             self.trackers.log(step, row)
-        for name, value in losses(row).items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value} at step {step} ({objective}); lower its learning rate")
 
     def say(self, words: str) -> None:
         """A line above the bar."""
@@ -82,8 +81,23 @@ class Progress:
 
     def skip(self, steps: int) -> None:
         """A phase has ended `steps` before its time: the run is shorter by them."""
+        self.skipped += steps
         self.total_steps -= steps
         self.bar.total -= steps
+
+    def state_dict(self) -> dict:
+        """This rank's own figures since the last row, and what all ranks have alike."""
+        sums = {key: float(value) for key, value in self._sums.items()}
+        shared = {"skipped": self.skipped, "nonfinite_steps": self.nonfinite_steps}
+        return shared | {"steps": self._steps, "sums": sums, "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: dict, step: int) -> None:
+        """Go on after `step`."""
+        self.skip(state["skipped"])
+        self.nonfinite_steps = state["nonfinite_steps"]
+        self._steps, self._sums, self._counts = state["steps"], dict(state["sums"]), dict(state["counts"])
+        self.bar.n = self.bar.initial = step
+        self.bar.refresh()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -102,6 +116,7 @@ class Progress:
             file.write(json.dumps(finite) + "\n")
         speed = f"{row['samples_per_second']:.1f} prompts/s"
         shown = ", ".join(f"{name} {value:.4f}" for name, value in losses(row).items())
+        shown += f", {self.nonfinite_steps} steps skipped" if self.nonfinite_steps else ""
         self.bar.set_postfix_str(f"{row['objective']} {shown}, lr {row['lr']:.2g}, {speed}")
 
 

@@ -1,5 +1,7 @@
 """A network together with all that trains it."""
 
+from typing import Any
+
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
@@ -53,11 +55,37 @@ class Trained:
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def step(self) -> torch.Tensor:
-        """Clip, update, clear the gradients. Returns the gradient's norm before clipping, a scalar on the device."""
+    def step(self) -> tuple[torch.Tensor, bool]:
+        """Clip, update, clear the gradients. A gradient that is not finite changes nothing; it is the same on all
+        ranks, and so is the decision.
+
+        Returns the gradient's norm before clipping, a scalar on the device, and whether the weights were updated.
+        """
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).detach()
+        finite = bool(norm.isfinite())  # the one place where training waits for a GPU
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()  # lowers fp16's scale where it was too high
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.detach()
+        return norm, finite
+
+    def state_dict(self, with_weights: bool) -> dict[str, Any]:
+        """All that is needed to go on bit for bit; keys are text. The student's weights are kept elsewhere."""
+        optimizer = self.optimizer.state_dict()
+        return {
+            "weights": {str(i): p.detach() for i, p in enumerate(self.parameters)} if with_weights else {},
+            "moments": {str(i): state for i, state in optimizer["state"].items()},
+            "param_groups": optimizer["param_groups"],
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for i, weights in state["weights"].items():
+            self.parameters[int(i)].copy_(weights)
+        moments = {int(i): moment for i, moment in state["moments"].items()}
+        self.optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.scaler.load_state_dict(state["scaler"])

@@ -25,6 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from distributed.process_group import Ranks, barrier, gather_objects, tally
+from distributed.stop import Stopped, StopSignal
 from models.flow import TimeGrid, VelocityField
 from models.folding import fold_texts
 from models.vae import decode, to_pil
@@ -104,6 +105,7 @@ class ParallelSampler:
         latent_shape: (C, 1, H, W) of one picture.
         batch_size: pictures drawn together; by default up to DEFAULT_BATCH_SIZE. Halved when memory runs out.
         scoring: scores this rank's pictures, by scorers that are alike on all ranks.
+        stop: looked at between batches.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class ParallelSampler:
         ranks: Ranks,
         batch_size: int | None = None,
         scoring: Scoring | None = None,
+        stop: StopSignal | None = None,
     ) -> None:
         self.vae, self.latent_shape, self.folder, self.ranks = vae, latent_shape, folder, ranks
         self.batch_size = self.decode_batch_size = batch_size or DEFAULT_BATCH_SIZE
@@ -121,7 +124,7 @@ class ParallelSampler:
         self._stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
         # Contact sheet and page are drawn on rank 0 while training goes on.
         self._reviewer, self._review = ThreadPoolExecutor(max_workers=1, thread_name_prefix="review"), None
-        self._scoring, self._rounds = scoring, 0
+        self._scoring, self._stop, self._rounds = scoring, stop, 0
         # The teacher's rows, to compare with; an earlier run may have left them here.
         self._teacher = [row for row in read_manifest(folder) if row["weights"] == "teacher"] if scoring else []
 
@@ -129,7 +132,8 @@ class ParallelSampler:
         """Draw a round. All ranks call it, each with the same round and the text (n, D) of all its prompts.
 
         Pictures and manifest are written when it returns; contact sheet and page follow, see `finish`.
-        Returns every rank's rows, in the order of the prompts. Raises RoundFailed on all ranks together.
+        Returns every rank's rows, in the order of the prompts. Raises on all ranks together: RoundFailed, or Stopped,
+        which leaves the pictures that are drawn and nothing else.
         """
         self.finish()
         rows, error = [], None
@@ -141,6 +145,10 @@ class ParallelSampler:
                 log.exception("rank %d could not draw its share of %s", self.ranks.rank, round_.prefix)
                 error = f"{type(failure).__name__}: {failure}"
             shares = gather_objects((rows, error))
+        if self._stop and self._stop.agreed():
+            if self._scoring:
+                self._scoring.drop()
+            raise Stopped
         rows = [row for share_rows, _ in shares for row in share_rows]
         if self.ranks.is_main:
             self._write(add_to_manifest, round_, rows, "manifest")
@@ -255,7 +263,7 @@ class ParallelSampler:
         """(prompt indices, latents, seconds a picture), batch by batch. A picture that cannot be drawn gets its error
         into its row, and the others of its batch are drawn without it."""
         queue = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
-        while queue:
+        while queue and not (self._stop and self._stop.seen()):
             batch = queue.pop(0)
             started = time.perf_counter()
             try:

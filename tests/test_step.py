@@ -41,7 +41,7 @@ def step(ranks: Ranks, micro_batches: int) -> dict:
     objective = TwoNetworks()
     objective.use({name: network.wrapped for name, network in trained.items()})
     mine = DATA.chunk(ranks.world_size)[ranks.rank]
-    figures = optimization_step(objective, trained, list(mine.chunk(micro_batches)), 0, 0, (1,), ranks)
+    figures, _ = optimization_step(objective, trained, list(mine.chunk(micro_batches)), 0, 0, (1,), ranks)
     weights = {name: network.network.weight.detach().tolist() for name, network in trained.items()}
     return {name: value.item() for name, value in figures.items()} | weights
 

@@ -69,6 +69,13 @@ class Objective(objective.Objective):
             student = [p.detach() for p in self.setup.network.parameters()]
             torch._foreach_lerp_(list(self._average.parameters()), student, 1 - self.settings.target_decay)
 
+    def state_dict(self) -> dict:
+        return {"average": self._average.state_dict()} if self.settings.target_decay else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.settings.target_decay:
+            self._average.load_state_dict(state["average"])
+
     @torch.no_grad()
     def _on_teacher_paths(self, batch: Batch, noise: Noise) -> tuple[torch.Tensor, ...]:
         """All neighbours of one guided rollout of n steps: x_t, t, x_s, s, text, each (n·B, …)."""

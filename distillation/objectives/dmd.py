@@ -175,6 +175,12 @@ class Objective(objective.Objective):
         scale = (x0 - x0_teacher).abs().mean((1, 2, 3, 4), keepdim=True)
         return (x0_fake - x0_teacher) / scale.clamp(min=1e-8)
 
+    def state_dict(self) -> dict:
+        return {"contrast": self._contrast}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._contrast = state["contrast"]
+
     # ---- when to stop
 
     @torch.no_grad()

@@ -46,7 +46,7 @@ class Objective(objective.Objective):
         self.grid = few_step_grid(settings.jumps, setup.shift) if settings.jumps else setup.grid
         self.fine_grid = refine_grid(self.grid, settings.teacher_substeps, setup.shift)
         self.deck = Deck(settings.updates_per_rollout)
-        self.guide = setup.frozen_student()[1] if settings.teach == "student" else setup.teacher
+        self._copy, self.guide = setup.frozen_student() if settings.teach == "student" else (None, setup.teacher)
 
     @staticmethod
     def check(settings: Settings, student_steps: int, steps: int) -> None:
@@ -75,6 +75,13 @@ class Objective(objective.Objective):
         # Ranks average these: each must have them all, also of a step that its share happens to lack.
         figures = {f"loss_step_{i}": (e if len(e) else errors).mean() for i, e in enumerate(steps)}
         return distance(v, target, self.settings.huber_c), figures
+
+    def state_dict(self) -> dict:
+        return {"guide": self._copy.state_dict()} if self._copy else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self._copy:
+            self._copy.load_state_dict(state["guide"])
 
     @torch.no_grad()
     def _pairs(self, batch: Batch, noise: Noise) -> tuple[torch.Tensor, ...]:
