@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -74,8 +75,8 @@ from models.teacher import (
 from models.vae import load_vae
 from sampling.in_flight import Scoring
 from sampling.parallel import ParallelSampler, Round
-from sampling.review import redraw_review, remove_rounds
-from sampling.scoring import build_scorers, check_scorers, means
+from sampling.review import read_manifest, redraw_review, remove_rounds
+from sampling.scoring import build_scorers, check_scorers, is_hanging, means
 
 LOOKING = -1  # in place of an update's number, in the noise with which an objective only looks at the student
 PROMPTS_NAMED = 4  # of a step that was skipped
@@ -154,7 +155,9 @@ def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) ->
 
     sampler = None
     if plan.sample_prompts:
-        sampler = make_sampler(config, plan.info, plan.spec.height, plan.spec.width, ranks, stop)
+        earlier = read_manifest(Path(config.sampling.sample_dir)) if resumed else []
+        teacher_rows = [row for row in earlier if row["weights"] == "teacher"]
+        sampler = make_sampler(config, plan.info, plan.spec.height, plan.spec.width, ranks, stop, teacher_rows)
     if sampler and config.sampling.sample_teacher and not resumed:
         draw(sampler, teacher_round(config, plan), teacher, sample_text, trackers)  # all ranks
 
@@ -401,7 +404,13 @@ def make_student(config: Config, plan: Plan, teacher: Teacher, ranks: Ranks) -> 
 
 
 def make_sampler(
-    config: Config, info: TeacherInfo, height: int, width: int, ranks: Ranks, stop: StopSignal
+    config: Config,
+    info: TeacherInfo,
+    height: int,
+    width: int,
+    ranks: Ranks,
+    stop: StopSignal,
+    teacher_rows: Iterable[dict] = (),
 ) -> ParallelSampler:
     scorers = build_scorers(config.scoring, ranks.device)
     scoring = Scoring(scorers, config.scoring.max_concurrent_evals, config.scoring.score_deadline) if scorers else None
@@ -413,6 +422,8 @@ def make_sampler(
         config.sampling.sample_batch_size,
         scoring,
         stop,
+        Path(config.run.output_dir) / "metrics.jsonl",
+        teacher_rows,
     )
 
 
@@ -659,6 +670,9 @@ def start_one_process_a_gpu(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+        if is_hanging():  # a scorer that was given up, inside a library that would abort the program as it ends
+            sys.stdout.flush()
+            os._exit(0)
     except Exception as failure:
         traceback.print_exc()
         fail(f"{type(failure).__name__}: {failure}")

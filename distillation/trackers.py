@@ -24,7 +24,7 @@ from config.errors import UserError
 
 log = logging.getLogger(__name__)
 
-CLOSE_SECONDS = 120.0  # for what is still to be uploaded when the run is done
+CLOSE_SECONDS = 120.0  # for what is still to be uploaded when the run is done, while the other ranks wait
 CLOSE_SECONDS_AFTER_FAILURE = 5.0  # the other ranks wait to be told
 WANDB_GALLERY = 100  # W&B drops what a list of pictures has beyond 108
 
@@ -201,7 +201,7 @@ class Trackers:
 
     def __init__(self, run: RunConfig, is_main: bool) -> None:
         self.names = chosen_trackers(run.report_to) if is_main else []
-        self._folder = Path(run.output_dir)
+        self._folder, self._close_seconds = Path(run.output_dir), min(CLOSE_SECONDS, run.ddp_timeout / 4)
         self._project, self._run_name = run.tracker_project_name, run.run_name
         self._workers: list[Worker] = []
         if is_main and "all" in run.report_to:
@@ -245,7 +245,7 @@ class Trackers:
     def close(self, failed: bool = False) -> None:
         """Wait until the trackers have done what they were told, but not for ever."""
         self._tell(lambda tracker: tracker.close(failed))
-        seconds = CLOSE_SECONDS_AFTER_FAILURE if failed else CLOSE_SECONDS
+        seconds = CLOSE_SECONDS_AFTER_FAILURE if failed else self._close_seconds
         deadline = time.monotonic() + seconds
         for worker in self._workers:
             worker.tasks.put(None)

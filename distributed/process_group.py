@@ -178,7 +178,10 @@ _counts_alone: Counter[str] = Counter()
 
 
 def tally(name: str, count: int = 0) -> int:
-    """Add to a count that all ranks share, and return it. Not a collective: nobody waits for anybody."""
+    """Add to a count that all ranks share, and return it. Not a collective: nobody waits for anybody.
+
+    Raises dist.DistError where the store is gone; one that hangs is waited for.
+    """
     if _alone():
         _counts_alone[name] += count
         return _counts_alone[name]

@@ -44,10 +44,13 @@ class StopSignal:
 
     def seen(self) -> bool:
         """Whether any rank was asked to, as far as it has looked. Not a collective: ranks may answer differently."""
-        if self.name and not self._told:
-            self._told = True
-            tally(ASKED, 1)
-        return self._told or tally(ASKED) > 0
+        try:
+            if self.name and not self._told:
+                self._told = True
+                tally(ASKED, 1)
+            return self._told or tally(ASKED) > 0
+        except RuntimeError:  # a lost connection: `agreed` will tell
+            return bool(self.name)
 
     def agreed(self) -> bool:
         """Whether any rank was asked to. Collective: the same answer on all."""

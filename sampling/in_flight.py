@@ -10,7 +10,6 @@ import math
 import threading
 import time
 from concurrent.futures import Future, as_completed
-from contextlib import AsyncExitStack
 from typing import Any
 
 from tqdm import tqdm
@@ -21,6 +20,7 @@ log = logging.getLogger(__name__)
 
 PROGRESS_EVERY = 4  # results
 FAILED_SCORE = 0.0
+WORDS = 300  # characters of an error
 
 Scores = dict[str, dict[str, dict[str, Any]]]  # picture's file → scorer → {"score", "ok", "error", "latency_s", …}
 
@@ -29,15 +29,16 @@ class Scoring:
     """The scorers of one rank at work. `submit` pictures while drawing, `collect` their scores at the round's end.
 
     Args:
-        at_once: calls at the same time, of all scorers together.
+        at_once: calls at the same time, of scorers that have no limit of their own.
         deadline: seconds that `collect` waits at most.
     """
 
     def __init__(self, scorers: list[Scorer], at_once: int = 32, deadline: float = 300.0) -> None:
         self.scorers, self.deadline = scorers, deadline
         self._loop = asyncio.new_event_loop()
-        self._slots = asyncio.Semaphore(at_once)
-        self._own_slots = {s.name: asyncio.Semaphore(s.at_once) for s in scorers if s.at_once}
+        # A scorer with a limit of its own does not queue with the others: behind a judge that hangs it would be late.
+        common = asyncio.Semaphore(at_once)
+        self._slots = {s.name: asyncio.Semaphore(s.at_once) if s.at_once else common for s in scorers}
         self._calls: dict[Future, tuple[Scorer, Shot]] = {}
         # A daemon: a scorer that hangs does not keep the program from ending.
         threading.Thread(target=self._loop.run_forever, daemon=True, name="scoring").start()
@@ -57,14 +58,16 @@ class Scoring:
             for done, call in enumerate(as_completed(calls, timeout=self.deadline), 1):
                 scorer, shot = calls.pop(call)
                 self._keep(scores, scorer, shot, call.result())
-                if done % PROGRESS_EVERY == 0:
-                    bar.update(PROGRESS_EVERY)
+                if done % PROGRESS_EVERY == 0 or not calls:
+                    bar.update(done - bar.n)
         except TimeoutError:
-            log.warning("scores: %d are not there %g s after drawing; given up", len(calls), self.deadline)
+            pass  # what is left is given up below
         bar.close()
         for call, (scorer, shot) in calls.items():
             call.cancel()
-            self._keep(scores, scorer, shot, failure(f"not there {self.deadline:g} s after drawing", self.deadline))
+            words = f"not there {self.deadline:g} s after drawing"
+            log.warning("%s of %s failed: %s | prompt: %s", scorer.name, shot.path.name, words, shot.prompt)
+            self._keep(scores, scorer, shot, failure(words, self.deadline))
         return scores
 
     def drop(self) -> None:
@@ -79,12 +82,7 @@ class Scoring:
             scores.setdefault(shot.path.name, {})[scorer.name] = verdict
 
     async def _call(self, scorer: Scorer, shot: Shot) -> dict[str, Any] | None:
-        async with AsyncExitStack() as slots:
-            # Waiting for a slot takes nothing from the call's own time. The scorer's own comes first: one that works a
-            # picture at a time holds one of the common slots, not all of them.
-            if scorer.name in self._own_slots:
-                await slots.enter_async_context(self._own_slots[scorer.name])
-            await slots.enter_async_context(self._slots)
+        async with self._slots[scorer.name]:  # waiting for it takes nothing from the call's own time
             started = time.perf_counter()
             try:
                 async with asyncio.timeout(scorer.timeout):
@@ -93,14 +91,22 @@ class Scoring:
                     return None
                 if not math.isfinite(figures["score"]):
                     raise ValueError(f"the score is {figures['score']}")
-            except Exception as error:  # recorded with its picture: a score is worth no run
+            # A cancellation that comes from within a scorer is its failure; nobody waits for what `collect` cancels.
+            except (Exception, asyncio.CancelledError) as error:  # recorded with its picture: a score is worth no run
                 seconds = time.perf_counter() - started
                 late = isinstance(error, TimeoutError) and seconds >= scorer.timeout
-                words = f"no answer within {scorer.timeout:g} s" if late else f"{type(error).__name__}: {error}"
+                words = f"no answer within {scorer.timeout:g} s" if late else in_words(error)
                 log.warning("%s of %s failed: %s | prompt: %s", scorer.name, shot.path.name, words, shot.prompt)
                 return failure(words, seconds)
             latency = round(time.perf_counter() - started, 4)
             return {"score": figures["score"], "ok": True, "error": None, "latency_s": latency, **figures}
+
+
+def in_words(error: BaseException) -> str:
+    """On one line, with what lies behind it, and no longer than somebody reads: a server may answer with a page."""
+    cause = f" ({error.__cause__})" if error.__cause__ else ""
+    words = " ".join(f"{type(error).__name__}: {error}{cause}".split())
+    return words if len(words) <= WORDS else f"{words[:WORDS]}…"
 
 
 def failure(words: str, seconds: float) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from dataclasses import field as dataclass_field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,12 +32,12 @@ from models.folding import fold_texts
 from models.vae import decode, to_pil
 from sampling.ddim import randn, rollout
 from sampling.in_flight import Scoring
-from sampling.review import add_to_manifest, read_manifest, write_review, write_thumbnail
-from sampling.scoring import LABELS, Shot, alarms, compare_prompts, failures, means
+from sampling.review import add_to_manifest, write_review, write_thumbnail
+from sampling.scoring import LABELS, Shot, alarms, compare_prompts, failures, means, same_noise
 
 log = logging.getLogger(__name__)
 
-VERBOSE_LOGGING_THRESHOLD = 4  # a log line a picture up to so many prompts a rank, a progress bar beyond
+VERBOSE_LOGGING_THRESHOLD = 4  # a log line a picture up to so many prompts a rank, the bar alone beyond
 PROGRESS_SECONDS = 0.5  # between two looks at how far the other ranks are
 DEFAULT_BATCH_SIZE = 16  # enough to fill a GPU, few enough that writing overlaps with drawing
 
@@ -106,6 +107,8 @@ class ParallelSampler:
         batch_size: pictures drawn together; by default up to DEFAULT_BATCH_SIZE. Halved when memory runs out.
         scoring: scores this rank's pictures, by scorers that are alike on all ranks.
         stop: looked at between batches.
+        metrics: metrics.jsonl, for the review page's curves.
+        teacher_rows: of the manifest, where this run's teacher has drawn before the sampler was made.
     """
 
     def __init__(
@@ -117,6 +120,8 @@ class ParallelSampler:
         batch_size: int | None = None,
         scoring: Scoring | None = None,
         stop: StopSignal | None = None,
+        metrics: Path | None = None,
+        teacher_rows: Iterable[dict] = (),
     ) -> None:
         self.vae, self.latent_shape, self.folder, self.ranks = vae, latent_shape, folder, ranks
         self.batch_size = self.decode_batch_size = batch_size or DEFAULT_BATCH_SIZE
@@ -124,9 +129,8 @@ class ParallelSampler:
         self._stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
         # Contact sheet and page are drawn on rank 0 while training goes on.
         self._reviewer, self._review = ThreadPoolExecutor(max_workers=1, thread_name_prefix="review"), None
-        self._scoring, self._stop, self._rounds = scoring, stop, 0
-        # The teacher's rows, to compare with; an earlier run may have left them here.
-        self._teacher = [row for row in read_manifest(folder) if row["weights"] == "teacher"] if scoring else []
+        self._scoring, self._stop, self._rounds, self._tells_each = scoring, stop, 0, False
+        self._metrics, self._teacher = metrics, {same_noise(row): row for row in teacher_rows}
 
     def draw(self, round_: Round, field: VelocityField, text: list[torch.Tensor]) -> list[Row]:
         """Draw a round. All ranks call it, each with the same round and the text (n, D) of all its prompts.
@@ -159,9 +163,8 @@ class ParallelSampler:
         if self._scoring and not problems:
             self._add_scores(round_, rows)
         if self.ranks.is_main:
-            self._review = self._reviewer.submit(
-                self._write, write_review, round_, rows, "contact sheet and review page"
-            )
+            writing = partial(write_review, metrics=self._metrics)
+            self._review = self._reviewer.submit(self._write, writing, round_, rows, "contact sheet and review page")
         if problems:
             self.finish()
             raise RoundFailed(f"sampling round {round_.prefix}: {'; '.join(problems)}")
@@ -181,14 +184,19 @@ class ParallelSampler:
 
     def _add_scores(self, round_: Round, rows: list[Row]) -> None:
         """Every rank's scores into the rows. All ranks take part, also one that has drawn nothing."""
-        gathered = gather_objects(self._scoring.collect(show_progress=self.ranks.is_main))
+        own = {}
+        try:
+            own = self._scoring.collect(show_progress=self.ranks.is_main)
+        except Exception:  # the other ranks wait for this one's scores
+            log.exception("rank %d: the scores of %s could not be collected", self.ranks.rank, round_.prefix)
+        gathered = gather_objects(own)
         scores = {file: by_scorer for share_scores in gathered for file, by_scorer in share_scores.items()}
         compare_prompts(scores, {row.file: row.prompt for row in rows})
         for row in rows:
             row.scores = scores.get(row.file, {})
         dicts = [asdict(row) for row in rows]
         if round_.weights == "teacher":
-            self._teacher = dicts
+            self._teacher = {same_noise(row): row for row in dicts}
         if self.ranks.is_main:
             self._write(add_to_manifest, round_, rows, "scores")
             self._report(round_, dicts)
@@ -201,37 +209,45 @@ class ParallelSampler:
             shown.append(f"{LABELS.get(name, name)} {mean:.3g}" + (f" ({failed} of {asked} failed)" if failed else ""))
         if shown:
             log.info("%s: %s", round_.prefix, ", ".join(shown))
-        for alarm in alarms(rows, [] if round_.weights == "teacher" else self._teacher):
+        for alarm in alarms(rows, [] if round_.weights == "teacher" else list(self._teacher.values())):
             log.warning("%s: %s", round_.prefix, alarm)
 
     @contextmanager
     def _progress(self, round_: Round) -> Iterator[None]:
-        """On rank 0, a bar over all ranks' pictures; few are rather told of one by one."""
+        """On rank 0, a bar over all ranks' pictures."""
         self._rounds += 1
-        if not self.ranks.is_main or self._tells_each(round_):
+        self._tells_each = len(share(len(round_.prompts), 0, self.ranks.world_size)) <= VERBOSE_LOGGING_THRESHOLD
+        if not self.ranks.is_main:
             yield
             return
         over = threading.Event()
 
         def watch(bar: tqdm) -> None:
-            while not over.wait(PROGRESS_SECONDS):
-                bar.n = tally(self._count_name)
-                bar.refresh()
+            with suppress(RuntimeError):  # a lost connection; a bar is worth no round
+                while not over.is_set():
+                    over.wait(PROGRESS_SECONDS)
+                    bar.n = tally(self._count_name)
+                    bar.refresh()
 
         with tqdm(total=len(round_.prompts), desc=round_.prefix, unit="picture") as bar:
-            # A daemon: where another rank is gone, its store may be too, and the program ends all the same.
+            # A daemon that is not waited for long: where other ranks are gone, what they count in may be too.
             watcher = threading.Thread(target=watch, args=(bar,), daemon=True, name="progress")
             watcher.start()
             try:
                 yield
             finally:
                 over.set()
-                watcher.join(PROGRESS_SECONDS)
-                bar.n = tally(self._count_name)
-                bar.refresh()
+                watcher.join(2 * PROGRESS_SECONDS)
 
-    def _tells_each(self, round_: Round) -> bool:
-        return len(share(len(round_.prompts), 0, self.ranks.world_size)) <= VERBOSE_LOGGING_THRESHOLD
+    def _count(self, rows: list[Row]) -> None:
+        """Pictures dealt with: told of, where they are few, and counted for rank 0's bar."""
+        for row in rows:
+            if not row.ok:
+                log.warning("rank %d: %s failed: %s | prompt: %s", row.rank, row.file, row.error, row.prompt)
+            elif self._tells_each:
+                log.info("rank %d: %s (%.2f s) %s", row.rank, row.file, row.seconds, row.prompt)
+        with suppress(RuntimeError):  # as above
+            tally(self._count_name, len(rows))
 
     @property
     def _count_name(self) -> str:
@@ -250,11 +266,6 @@ class ParallelSampler:
                     pending.pop(0).result()
             for future in pending:
                 future.result()
-        for row in rows.values():
-            if self._tells_each(round_) and row.ok:
-                log.info("rank %d: %s (%.2f s) %s", row.rank, row.file, row.seconds, row.prompt)
-            elif not row.ok:
-                log.warning("rank %d: %s failed: %s | prompt: %s", row.rank, row.file, row.error, row.prompt)
         return list(rows.values())
 
     def _draw_batches(
@@ -271,7 +282,7 @@ class ParallelSampler:
             except Exception as failure:  # recorded with its picture; the round reports it
                 if len(batch) == 1:
                     rows[batch[0]].error = f"{type(failure).__name__}: {failure}"
-                    tally(self._count_name, 1)
+                    self._count([rows[batch[0]]])
                     continue
                 if isinstance(failure, torch.OutOfMemoryError):
                     self.batch_size = -(-len(batch) // 2)
@@ -321,7 +332,7 @@ class ParallelSampler:
         if error:
             if len(rows) == 1:
                 rows[0].error = error
-                tally(self._count_name, 1)
+                self._count(rows)
                 return
             torch.cuda.empty_cache()
             half = -(-len(rows) // 2)
@@ -336,11 +347,14 @@ class ParallelSampler:
                 continue
             try:
                 write_png(self.folder / row.file, picture, _facts(row) | {"ok": True})
-                write_thumbnail(self.folder, row.file, picture)
                 row.ok = True
             except Exception as failure:  # recorded with its picture; the others are written
                 row.error = f"{type(failure).__name__}: {failure}"
-        tally(self._count_name, len(rows))
+            try:
+                write_thumbnail(self.folder, row.file, picture)
+            except OSError as failure:  # the page does without
+                log.debug("no thumbnail of %s: %s", row.file, failure)
+        self._count(rows)
         if self._scoring:
             for row in rows:
                 if row.ok:
@@ -348,11 +362,9 @@ class ParallelSampler:
 
     def _reference(self, row: Row) -> Path | None:
         """The teacher's picture of the same prompt, size and noise, where it is on this machine's disk."""
-        for other in self._teacher:
-            same = all(other[name] == getattr(row, name) for name in ("prompt", "seed", "height", "width"))
-            if same and row.weights != "teacher" and other["ok"] and (self.folder / other["file"]).exists():
-                return self.folder / other["file"]
-        return None
+        teachers = self._teacher.get(same_noise(asdict(row))) if row.weights != "teacher" else None
+        path = self.folder / teachers["file"] if teachers and teachers["ok"] else None
+        return path if path and path.exists() else None
 
     def _decode(self, latents: torch.Tensor) -> tuple[list[Image.Image], list[bool]]:
         """The pictures of latents (B, C, 1, H, W), and which of them are finite."""

@@ -1,9 +1,11 @@
 """What people look at: the manifest, a contact sheet a round, and a page that opens from disk."""
 
+import itertools
 import json
 import logging
 import math
 import os
+import shutil
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +16,10 @@ from sampling.review_page import THUMBNAIL, render_page
 
 log = logging.getLogger(__name__)
 
+NEEDED = {
+    "file", "prompt", "prompt_index", "epoch", "step", "seed", "num_inference_steps", "weights", "height", "width",
+    "ok", "error",
+}  # fmt: skip
 THUMBNAILS = "thumbnails"  # a folder beside the pictures
 THUMBNAIL_QUALITY = 85  # of JPEG
 SHEET_WIDTH = 1600  # pixels, at most
@@ -26,6 +32,7 @@ def add_to_manifest(folder: Path, rows: list[dict]) -> None:
 
     A round that is drawn again, on another number of ranks perhaps, takes the place of the earlier one: rows and files.
     """
+    _keep_damaged(folder / "manifest.jsonl")
     files, prefixes = {row["file"] for row in rows}, {_prefix(row) for row in rows}
     kept = []
     for row in read_manifest(folder):
@@ -68,17 +75,38 @@ def _prefix(row: dict) -> str:
 
 
 def read_manifest(folder: Path) -> list[dict]:
-    path = folder / "manifest.jsonl"
-    if not path.exists():
-        return []
-    # Not splitlines: JSON leaves some characters as they are that it takes for line ends, such as U+2028.
+    """Its rows, but for lines that are torn or somebody's mistake, which are told of. A file is a name in the folder,
+    whatever the manifest says: nothing outside is read, written or deleted."""
+    path, rows = folder / "manifest.jsonl", []
+    for number, line in enumerate(_lines(path), 1):
+        row = _parse(line)
+        if row is None:
+            log.warning("%s: line %d is no picture's row; left out", path, number)
+        else:
+            rows.append(row | {"file": Path(row["file"]).name})
+    return rows
+
+
+def _lines(path: Path) -> list[str]:
+    """Not splitlines: JSON leaves some characters as they are that it takes for line ends, such as U+2028."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def _parse(line: str) -> dict | None:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except ValueError as error:  # somebody's edit; the rounds to come need a manifest all the same
-        broken = path.with_name("manifest.jsonl.broken")
-        path.replace(broken)
-        log.warning("%s: %s; moved to %s, and a new one is begun", path, error, broken.name)
-        return []
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and row.keys() >= NEEDED else None
+
+
+def _keep_damaged(path: Path) -> None:
+    """A copy of a manifest with lines that would be lost when it is written again."""
+    if all(_parse(line) is not None for line in _lines(path)):
+        return
+    copies = (path.with_name(f"{path.name}.broken{number or ''}") for number in itertools.count())
+    shutil.copy(path, next(copy for copy in copies if not copy.exists()))
 
 
 def _find_metrics(folder: Path) -> Path:
@@ -212,6 +240,10 @@ def _shorten(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    # Named by the process: --review may be at work beside a run.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -32,6 +32,7 @@ LABELS = {"fidelity": "likeness to the teacher"}  # where a scorer's name would 
 
 FLAT = 0.01  # contrast under which a picture shows nothing
 BLACK = 0.05  # luminance that 99 % of a black picture's pixels stay under
+THREAD_NAME = "scorer"
 THUMBPRINT = 8  # pixels a side, of what pictures of different prompts are compared by
 SAME = 1e-6  # contrasts, sharpnesses and saturations under this are as good as zero
 EQUAL_PSNR = 100.0  # dB; of equal pictures, where the formula gives infinity
@@ -48,6 +49,7 @@ ALIKE = 0.02  # distinctness under which pictures of different prompts are all t
 JUDGE_ATTEMPTS = 4
 JUDGE_PAUSE = 1.0  # seconds, at most, before the second attempt; twice as long before each further one
 JUDGE_BEST = 10
+REASON = 300  # characters of a judge's reason
 RETRIED = {408, 429}  # and 5xx: the server asks for it, or may be well again soon; all else would only fail again
 JUDGE_ROLE = (
     f"You judge pictures that a text-to-image model has drawn. Score from 0 to {JUDGE_BEST} how well the picture "
@@ -97,7 +99,7 @@ def build_scorers(config: ScoringConfig, device: torch.device) -> list[Scorer]:
         "clip": lambda: Clip(config.clip_model, device, config.scorer_timeout),
         "vlm": lambda: Judge(config.judge_model, config.judge_base_url, config.judge_timeout),
     }
-    return [makers[name]() for name in config.score if name != "none"]
+    return [makers[name]() for name in dict.fromkeys(config.score) if name != "none"]
 
 
 def check_scorers(config: ScoringConfig) -> None:
@@ -116,6 +118,10 @@ def check_scorers(config: ScoringConfig) -> None:
     if "vlm" in config.score:
         if not config.judge_model:
             raise UserError("--score vlm: needs --judge_model, a model's name as the judge's server knows it")
+        if config.judge_base_url and not config.judge_base_url.startswith(("http://", "https://")):
+            raise UserError(
+                f"--judge_base_url {config.judge_base_url}: accepted is an address such as http://localhost:8000/v1"
+            )
         if not config.judge_base_url and not os.environ.get("OPENAI_API_KEY"):
             raise UserError(
                 "--score vlm: needs --judge_base_url, such as http://localhost:8000/v1, or a key in OPENAI_API_KEY"
@@ -126,6 +132,11 @@ def check_scorers(config: ScoringConfig) -> None:
             raise UserError(
                 "--score vlm: needs the package openai, which is not installed; pip install openai"
             ) from None
+
+
+def is_hanging() -> bool:
+    """Whether a scorer that was given up still computes."""
+    return any(thread.name == THREAD_NAME for thread in threading.enumerate())
 
 
 async def in_thread(work: Callable[..., T], *args: Any) -> T:
@@ -146,10 +157,11 @@ async def in_thread(work: Callable[..., T], *args: Any) -> T:
         try:
             result = work(*args)
         except Exception as failure:  # handed to whoever waits
-            error = failure
+            # A future takes no StopIteration.
+            error = RuntimeError(repr(failure)) if isinstance(failure, StopIteration) else failure
         loop.call_soon_threadsafe(settle, result, error)
 
-    threading.Thread(target=run, daemon=True, name="scorer").start()
+    threading.Thread(target=run, daemon=True, name=THREAD_NAME).start()
     return await future
 
 
@@ -167,7 +179,9 @@ class Health(Scorer):
         figures = look(pixels)
         problem, score = fault(pixels), 1.0
         if shot.reference:
-            score = min(_ratio(figures[key], value) for key, value in look(read_pixels(shot.reference)).items())
+            wanted = read_pixels(shot.reference)
+            problem = None if problem == fault(wanted) else problem  # a night sky may be black
+            score = min(_ratio(figures[key], value) for key, value in look(wanted).items())
         return {
             "score": 0.0 if problem else score,
             **figures,
@@ -307,7 +321,7 @@ class Judge(Scorer):
         super().__init__(timeout)
         import openai
 
-        self.model, self.key = model, os.environ.get("OPENAI_API_KEY", "none")
+        self.model, self.key = model, os.environ.get("OPENAI_API_KEY") or "none"
         # Retries are ours: the client's own would also repeat what only fails again.
         self.client = openai.AsyncOpenAI(base_url=base_url, api_key=self.key, max_retries=0, timeout=timeout)
 
@@ -330,7 +344,7 @@ class Judge(Scorer):
 
         for attempt in range(1, JUDGE_ATTEMPTS + 1):
             try:
-                answer = await self.client.chat.completions.create(model=self.model, messages=messages, temperature=0)
+                answer = await self.client.chat.completions.create(model=self.model, messages=messages)
                 return answer.choices[0].message.content or ""
             except openai.APIStatusError as error:
                 if attempt == JUDGE_ATTEMPTS or not (error.status_code in RETRIED or error.status_code >= 500):
@@ -341,18 +355,22 @@ class Judge(Scorer):
 
 
 def read_judgement(answer: str) -> dict[str, Any]:
-    """{"score", "reason"} of a judge's answer, which may have words or a code fence around its JSON. Raises ValueError
-    for an answer without a score from 0 to 10."""
-    begin, end = answer.find("{"), answer.rfind("}")
+    """{"score", "reason"} of a judge's answer: the last JSON object in it that has a score, whatever stands around it.
+    Raises ValueError for an answer without a score from 0 to 10."""
     shown = answer if len(answer) <= 200 else f"{answer[:200]}…"
-    try:
-        judgement = json.loads(answer[begin : end + 1])
-        score = judgement["score"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"the judge's answer is no JSON with a score: {shown!r}") from None
+    judgement = None
+    for begin in (i for i, character in enumerate(answer) if character == "{"):
+        try:
+            found, _ = json.JSONDecoder().raw_decode(answer, begin)
+        except ValueError:
+            continue
+        judgement = found if "score" in found else judgement
+    if judgement is None:
+        raise ValueError(f"the judge's answer is no JSON with a score: {shown!r}")
+    score = judgement["score"]
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= JUDGE_BEST:
         raise ValueError(f"the judge's score is not from 0 to {JUDGE_BEST}: {shown!r}")
-    return {"score": float(score), "reason": str(judgement.get("reason", ""))}
+    return {"score": float(score), "reason": str(judgement.get("reason", ""))[:REASON]}
 
 
 # ------------------------------------------------------------------------------------------------ a round as a whole
@@ -368,10 +386,12 @@ def compare_prompts(scores: dict[str, dict[str, dict]], prompts: dict[str, str])
     """
     healths = {file: by["health"] for file, by in scores.items() if by.get("health", {}).get("ok")}
     prints = {file: health.pop("thumbprint") for file, health in healths.items()}
-    for file, own in prints.items():
-        others = [p for other, p in prints.items() if prompts[other] != prompts[file]]
-        if others:
-            distances = np.sqrt(np.square(np.stack(others) - own).mean(1))
+    files, stacked = list(prints), np.stack(list(prints.values())) if prints else None
+    by_file = np.array([prompts[file] for file in files])
+    for i, file in enumerate(files):
+        others = by_file != by_file[i]
+        if others.any():
+            distances = np.sqrt(np.square(stacked[others] - stacked[i]).mean(1))
             healths[file]["distinctness"] = float(distances.mean())
 
 
@@ -394,23 +414,34 @@ def alarms(rows: list[dict], teacher_rows: list[dict]) -> list[str]:
     """What is wrong with a round as a whole, in words: signs of collapse, and scores that are missing.
 
     Args:
-        rows, teacher_rows: manifest rows of the round, and of the teacher's, which may be empty.
+        rows, teacher_rows: manifest rows of the round, and of the teacher's, which may be empty. Compared is what both
+            have drawn from the same prompt and noise in the same size.
     """
     found = []
     empty = [row for row in rows if _good(row, "health") and row["scores"]["health"].get("problem")]
     if empty:
         found.append(f"{len(empty)} of {len(rows)} pictures are black or flat, the first one {empty[0]['file']}")
+    teachers = {same_noise(row): row for row in teacher_rows}
+    pairs = [(row, teachers[same_noise(row)]) for row in rows if same_noise(row) in teachers]
     for figure, (lowest, highest) in HEALTHY.items():
-        own, teachers = (_mean(_figures(part, figure)) for part in (rows, teacher_rows))
+        own = _mean(_figures(rows, figure))
         if figure == "distinctness" and own < ALIKE:
             found.append(f"pictures of different prompts are all the same (they differ by {own:.3f} of 1)")
-        elif teachers > SAME and not lowest <= own / teachers <= highest:
+            continue
+        known = [pair for pair in pairs if all(_figures([row], figure) for row in pair)]
+        own, wanted = (_mean(_figures([pair[i] for pair in known], figure)) for i in (0, 1))
+        if known and wanted > SAME and not lowest <= own / wanted <= highest:
             what = "difference between prompts" if figure == "distinctness" else figure
-            found.append(f"{what} is {own / teachers:.0%} of the teacher's")
+            found.append(f"{what} is {own / wanted:.0%} of the teacher's")
     for name, (failed, asked) in failures(rows).items():
         if failed:
             found.append(f"{name} failed for {failed} of {asked} pictures")
     return found
+
+
+def same_noise(row: dict) -> tuple:
+    """What two manifest rows have in common when their pictures may be compared."""
+    return row["prompt"], row["seed"], row["height"], row["width"]
 
 
 def _scorers(rows: list[dict]) -> list[str]:

@@ -287,7 +287,7 @@ def test_when_every_picture_fails_the_round_fails_and_says_why(vae, text, tmp_pa
 
 
 def test_a_broken_review_page_costs_no_pictures(vae, field, text, tmp_path, caplog, monkeypatch):
-    def full_disk(folder, rows):
+    def full_disk(folder, rows, metrics=None):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(parallel, "add_to_manifest", full_disk)
@@ -303,7 +303,7 @@ def test_a_broken_review_page_costs_no_pictures(vae, field, text, tmp_path, capl
 def test_drawing_does_not_wait_for_the_last_rounds_review_page(vae, field, text, tmp_path, monkeypatch):
     may_write, written = threading.Event(), []
 
-    def slow(folder, rows):
+    def slow(folder, rows, metrics):
         assert may_write.wait(30)
         written.append(rows[0]["epoch"])
 
@@ -317,11 +317,11 @@ def test_drawing_does_not_wait_for_the_last_rounds_review_page(vae, field, text,
     assert written == [3, 4]
 
 
-def test_a_broken_manifest_is_moved_aside(vae, field, text, tmp_path, caplog):
+def test_a_broken_manifest_is_kept_aside(vae, field, text, tmp_path, caplog):
     (tmp_path / "manifest.jsonl").write_text("{half a li")
     rows = sampler_in(tmp_path, vae).draw(ROUND, field, text)
     assert [row["file"] for row in read_manifest(tmp_path)] == [row.file for row in rows]
-    assert (tmp_path / "manifest.jsonl.broken").read_text() == "{half a li" and "moved to" in caplog.text
+    assert (tmp_path / "manifest.jsonl.broken").read_text() == "{half a li" and "line 1 is no picture" in caplog.text
 
 
 def test_out_of_memory_halves_the_batch_for_good(reference, vae, field, text, tmp_path):
@@ -399,6 +399,22 @@ def test_a_bar_beyond_four_prompts(vae, field, text, tmp_path, caplog, capsys):
     caplog.set_level(logging.INFO, "sampling.parallel")
     sampler_in(tmp_path, vae, batch_size=1).draw(ROUND, field, text)
     assert not caplog.records and "epoch_0003: 100%" in capsys.readouterr().err
+
+
+def test_a_thumbnail_that_cannot_be_written_costs_no_picture(vae, field, text, tmp_path, monkeypatch):
+    def no_space(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parallel, "write_thumbnail", no_space)
+    assert all(row.ok for row in sampler_in(tmp_path, vae).draw(ROUND, field, text))
+
+
+def test_a_count_that_is_lost_costs_no_round(vae, field, text, tmp_path, monkeypatch):
+    def gone(*args):
+        raise RuntimeError("Broken pipe")
+
+    monkeypatch.setattr(parallel, "tally", gone)
+    assert all(row.ok for row in sampler_in(tmp_path, vae).draw(ROUND, field, text))
 
 
 # ------------------------------------------------------------------------------------------------ real ranks

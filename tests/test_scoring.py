@@ -1,5 +1,6 @@
 """Scores: figures against independent references, and an engine that nothing can hold."""
 
+import asyncio
 import json
 import logging
 import math
@@ -130,7 +131,8 @@ def rows_of(pictures: list[np.ndarray], folder: Path) -> list[dict]:
     folder.mkdir()
     engine, rows = Scoring([Health(60)]), []
     for i, pixels in enumerate(pictures):
-        rows.append({"file": f"{i}.png", "prompt": f"prompt {i}", "ok": True})
+        same = {"seed": i, "height": 32, "width": 32}
+        rows.append({"file": f"{i}.png", "prompt": f"prompt {i}", "ok": True} | same)
         engine.submit(Shot(save(folder / f"{i}.png", pixels), f"prompt {i}"))
     scores = engine.collect()
     compare_prompts(scores, {row["file"]: row["prompt"] for row in rows})
@@ -152,7 +154,7 @@ def test_a_healthy_round_raises_no_alarm(tmp_path):
     "name, spoil, said",
     [
         ("grey mush", lambda i: 0.5 + (patches(i) - 0.5) / 3, ["contrast is 3", "saturation is 3"]),
-        ("oversaturated", lambda i: (patches(i) > 0.5).astype(float), ["contrast is 1", "saturation is 1"]),
+        ("oversaturated", lambda i: (patches(i) > 0.5).astype(float), ["contrast is 180%", "saturation is 150%"]),
         ("collapsed", lambda i: patches(0), ["pictures of different prompts are all the same"]),
         ("nearly collapsed", lambda i: (2 * patches(0) + patches(i)) / 3, ["difference between prompts is "]),
         ("one black", lambda i: patches(i) * (i != 3), ["1 of 8 pictures are black or flat, the first one 3.png"]),
@@ -164,10 +166,21 @@ def test_collapse_is_noticed(name, spoil, said, tmp_path):
     assert all(any(words in alarm for alarm in found) for words in said), found
 
 
+def test_only_pictures_of_the_same_prompt_noise_and_size_are_compared(tmp_path):
+    teacher = rows_of([patches(i) for i in range(8)], tmp_path / "teacher")
+    pale = rows_of([0.5 + (patches(i) - 0.5) / 3 for i in range(8)], tmp_path / "student")
+    for changed in ({"seed": 99}, {"height": 64}, {"prompt": "another"}):
+        assert alarms([row | changed for row in pale], teacher) == []
+    assert len(alarms(pale[:1], teacher)) == 4, "also where the round has fewer pictures than the teacher's"
+    unscored = [row | {"scores": {}} for row in pale]
+    assert alarms(unscored, teacher) == [] and alarms(pale, unscored) == []
+
+
 def test_what_failed_enters_no_mean_and_is_counted():
     good = {"score": 8.0, "ok": True}
     bad = {"score": 0.0, "ok": False}
-    rows = [{"file": "", "scores": {"vlm": v}} for v in (good, bad, good, bad)] + [{"file": ""}]
+    row = {"file": "", "prompt": "", "seed": 0, "height": 8, "width": 8}
+    rows = [row | {"scores": {"vlm": v}} for v in (good, bad, good, bad)] + [row]
     assert means(rows) == {"vlm": 8.0} and failures(rows) == {"vlm": (2, 4)}
     assert alarms(rows, []) == ["vlm failed for 2 of 4 pictures"]
     assert means(rows[1:2]) == {}, "nothing is known, which is not zero"
@@ -260,6 +273,33 @@ def test_results_that_are_no_scores_are_failures(result):
 
     scores, _ = score_all([Scripted(broken)], 1)
     assert scores["0.png"]["scripted"]["ok"] is False and scores["0.png"]["scripted"]["error"]
+
+
+def test_a_judge_that_hangs_keeps_no_other_scorer_waiting():
+    """Else the collapse alarm would be lost with the judge."""
+    quick = Scripted(lambda shot: {"score": 1.0}, at_once=1)
+    quick.name = "quick"
+    hanging = Scripted(lambda shot: threading.Event().wait(60), timeout=60)
+    scores, _ = score_all([hanging, quick], 16, at_once=2, deadline=0.5)
+    assert [s["quick"]["ok"] for s in scores.values()] == [True] * 16
+    assert not any(s["scripted"]["ok"] for s in scores.values())
+
+
+def test_a_cancellation_from_within_is_a_failure():
+    class Cancelled(Scripted):
+        async def score(self, shot):
+            raise asyncio.CancelledError
+
+    scores, _ = score_all([Cancelled(None)], 1)
+    assert scores["0.png"]["scripted"]["error"].startswith("CancelledError")
+
+
+def test_long_errors_are_cut_to_a_line():
+    def page(shot):
+        raise ValueError("<html>\n" * 1000)
+
+    error = score_all([Scripted(page)], 1)[0]["0.png"]["scripted"]["error"]
+    assert len(error) < 350 and "\n" not in error
 
 
 def test_a_scorer_with_nothing_to_say_leaves_no_score():
@@ -401,6 +441,13 @@ def _draw_with_a_judge(ranks, pipeline: Path, folder: Path, url: str):
         started = time.perf_counter()
         rows = sampler.draw(round_, lambda x, t, text: x - text[:, 0, 0].view(-1, 1, 1, 1, 1), text[: len(prompts)])
         seen[name] = {row.prompt: row.scores for row in rows}, time.perf_counter() - started
+    # A judge that is far from its own limit when the round's deadline comes, on one rank only.
+    engine = Scoring([Judge("judge", url, 60.0)], deadline=0.5)
+    sampler = ParallelSampler(load_vae(pipeline, ranks.device), shape, folder / "late", ranks, scoring=engine)
+    round_ = Round(("a", "b", "hang c"), 1, 1, grid, 3.0, 16, 16, 3)
+    started = time.perf_counter()
+    rows = sampler.draw(round_, lambda x, t, text: x - text[:, 0, 0].view(-1, 1, 1, 1, 1), text[:3])
+    seen["late"] = {row.prompt: row.scores for row in rows}, time.perf_counter() - started
     sampler.finish()
     return seen
 
@@ -414,6 +461,8 @@ def test_two_ranks_score_while_they_draw_and_agree(random_single_pipeline_dir, t
         assert scores == others and seconds < 8 and other_seconds < 8
     judged = {prompt: by["vlm"]["ok"] for prompt, by in first["student"][0].items()}
     assert judged == dict.fromkeys(PROMPTS, False) | {"a": True, "slow b": True, "429 e": True}
+    assert first["late"][0]["a"]["vlm"]["ok"] and first["late"][1] < 3
+    assert first["late"][0]["hang c"]["vlm"]["error"] == "not there 0.5 s after drawing"
     assert "fidelity" not in first["teacher"][0]["a"], "the teacher is not compared with itself"
     same_noise = first["student"][0]["a"]
     assert same_noise["fidelity"]["psnr"] == 100.0 and same_noise["health"]["score"] == pytest.approx(1.0)
