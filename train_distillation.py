@@ -18,7 +18,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +52,7 @@ from distributed.process_group import (
     init_process_group,
     mean_over_ranks,
     on_main,
+    tally,
 )
 from distributed.sharding import wrap
 from distributed.stop import Stopped, StopSignal
@@ -79,6 +80,7 @@ from sampling.review import read_manifest, redraw_review, remove_rounds
 from sampling.scoring import build_scorers, check_scorers, is_hanging, means
 
 LOOKING = -1  # in place of an update's number, in the noise with which an objective only looks at the student
+MISTAKE_SAID, MISTAKE_SECONDS = "a user's mistake was said", 5.0
 PROMPTS_NAMED = 4  # of a step that was skipped
 PLAIN_DDIM_STEPS = 10  # where a pipeline does not say how it draws
 PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,10 +92,22 @@ def main(argv: list[str]) -> None:
         run(argv)
     except UserError as mistake:
         rank = os.environ.get("RANK", "0")
-        if rank != "0":
-            time.sleep(2)  # a mistake that rank 0 made too ends all ranks within this time, and is said once
-        print(f"{'' if rank == '0' else f'rank {rank}: '}error: {mistake}", file=sys.stderr, flush=True)
+        if rank == "0" or not rank_0_says_it():
+            print(f"{'' if rank == '0' else f'rank {rank}: '}error: {mistake}", file=sys.stderr, flush=True)
+        with suppress(RuntimeError):  # no store to say it in
+            tally(MISTAKE_SAID, 1)
         os._exit(2)
+
+
+def rank_0_says_it() -> bool:
+    """Whether a mistake is one that rank 0 made too, soon enough: it is said once."""
+    deadline = time.monotonic() + MISTAKE_SECONDS
+    with suppress(RuntimeError):  # the store has gone with rank 0
+        while time.monotonic() < deadline:
+            if tally(MISTAKE_SAID):
+                return True
+            time.sleep(0.1)
+    return False
 
 
 def run(argv: list[str]) -> None:

