@@ -20,6 +20,9 @@ setup: .venv/installed
 demo: setup
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc_per_node=2 \
 		train_distillation.py --config config/tiny.toml --overwrite_output_dir
+	@echo "How many captions teacher and student draw right (docs/quality.md has the whole table):"
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python benchmarks/quality.py --student outputs/tiny/student --guidance_scale_2 2 \
+		--count 128 --no_features
 
 test: setup
 	@sh tests/install_chromium.sh
