@@ -9,11 +9,14 @@ scores are asked for while the next pictures are drawn, so the longer of drawing
 import argparse
 import io
 import logging
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
@@ -41,6 +44,25 @@ SIZES = (64, 256)  # pixels: one where judging takes longer, which has the bar, 
 BATCH = 8  # pictures drawn together: the first are judged while the others are drawn
 
 
+def serve(delay: float, pipe: Connection) -> None:
+    with judge_server(delay) as server:
+        pipe.send(server.url)
+        pipe.recv()
+
+
+@contextmanager
+def judge_process(delay: float) -> Iterator[str]:
+    """The address of a judge in a process of its own: its work is not to count as the sampler's."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(delay, there), daemon=True)
+    process.start()
+    try:
+        yield here.recv()
+    finally:
+        here.send(None)
+        process.join()
+
+
 def draw(student: Student, size: int, steps: int, folder: Path, scoring: Scoring | None) -> float:
     """Seconds of a round on one rank."""
     round_ = student.round_of(size, steps)
@@ -65,8 +87,8 @@ def measure_rounds(args: argparse.Namespace) -> list[str]:
     lines = [f"{PICTURES} pictures, a judge that takes {args.seconds:g} s each, {args.max_concurrent_evals} at once"]
     for size in SIZES:
         alone, scored = [], []
-        with judge_server(delay=args.seconds) as server, tempfile.TemporaryDirectory() as folder:
-            scoring = Scoring([Judge("judge", server.url, 60)], args.max_concurrent_evals)
+        with judge_process(args.seconds) as url, tempfile.TemporaryDirectory() as folder:
+            scoring = Scoring([Judge("judge", url, 60)], args.max_concurrent_evals)
             for _ in range(args.repeats + 1):
                 alone.append(draw(student, size, args.steps, Path(folder) / "alone", None))
                 scored.append(draw(student, size, args.steps, Path(folder) / "scored", scoring))

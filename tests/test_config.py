@@ -268,10 +268,10 @@ def test_wrong_flags(files, flags, parts):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--checkpointing_steps", "5"],
-        ["--checkpoints_total_limit", "2"],
-        ["--resume_from_checkpoint", "latest"],
-        ["--resume_from_checkpoint=latest"],
+        ["--allow_tf32"],
+        ["--push_to_hub"],
+        ["--snr_gamma", "5"],
+        ["--snr_gamma=5"],
         ["--dry_run"],
     ],
 )
@@ -387,7 +387,7 @@ def test_recipe_shorthand_and_single_prompt(files):
         ("phase = 3", ["recipe.toml", "[[phase]]"]),
         ("[[phase]]\nsteps = 3", ["recipe.toml: [[phase]] 1: objective is missing"]),
         ("[[phase]]\nobjective = 'velocity'\nnum_steps = 3", ["[[phase]] 1: unknown key 'num_steps'; ", "have steps,"]),
-        ("checkpointing_steps = 3", ["recipe.toml: unknown key 'checkpointing_steps'; keys are the flags' names"]),
+        ("snr_gamma = 3", ["recipe.toml: unknown key 'snr_gamma'; keys are the flags' names"]),
         ("[[phase]]\nobjective = 'velocity'\nloss_type = 'mse'", ["[[phase]] 1: unknown key 'loss_type'"]),
         ("[[phase]]\nobjective = 'velocity'\nweights = [1, 'x']", ["[[phase]] 1: weights", "a number"]),
         ("[[phase]]\nobjective = 'velocity'\nsteps = 0", ["[[phase]] 1: steps = 0", ">= 1"]),
