@@ -123,8 +123,8 @@ def run(argv: list[str]) -> None:
     for note in config.notes:
         say(ranks, note)
     on_main(ranks, lambda: chosen_trackers(config.run.report_to))  # a missing package ends all ranks
-    # Lines of the log stand above progress bars, not in them.
     stop = StopSignal()
+    # Lines of the log stand above progress bars, not in them.
     with logging_redirect_tqdm(), Trackers(config.run, ranks.is_main) as trackers:
         try:
             if config.sampling.sample_only:

@@ -17,6 +17,7 @@ from statistics import median
 if not __package__:  # run as a file: this folder, where this file would hide the package `sampling`, is not searched
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import train_distillation
 from benchmarks.arguments import at_least_one
 from config.config import load_config
 from distillation.objective import settings_of
@@ -24,7 +25,6 @@ from distillation.trackers import Trackers
 from distributed.checkpoint import Checkpoints, list_checkpoints
 from distributed.process_group import init_process_group
 from distributed.stop import StopSignal
-from train_distillation import set_up_logging, train
 
 EVERY = 100  # steps between two checkpoints, for which the bar is set
 BAR = 0.05  # of the time of those steps
@@ -51,9 +51,9 @@ def measure(count: int, folder: Path) -> tuple[float, list[float], list[float], 
     ]  # fmt: skip
     config = load_config(flags, settings_of)
     ranks = init_process_group(config.run.ddp_timeout)
-    set_up_logging(ranks)
+    train_distillation.set_up_logging(ranks)
     with Trackers(config.run, ranks.is_main) as trackers:
-        train(config, ranks, trackers, StopSignal())
+        train_distillation.train(config, ranks, trackers, StopSignal())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][1:]  # the first warms up
     after = [row["step_seconds"] for row in rows if row["step"] % PAUSE == 1]
     plain = median(row["step_seconds"] for row in rows if row["step"] % PAUSE != 1)
@@ -66,8 +66,6 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--count", type=at_least_one, default=10, help="checkpoints (10)")
     args = parser.parse_args(argv)
-    import train_distillation
-
     train_distillation.Checkpoints = Timed
     with tempfile.TemporaryDirectory() as folder:
         plain, after, waited, size = measure(args.count, Path(folder))

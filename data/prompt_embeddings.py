@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from config.errors import UserError
+from data.files import whole_file
 from distributed.process_group import Ranks, broadcast_object, gather_objects, together
 
 logger = logging.getLogger(__name__)
@@ -244,15 +245,10 @@ def _checked(embeds: torch.Tensor, prompt: str) -> torch.Tensor:
 
 def _write_atomically(path: Path, content: bytes) -> None:
     """The file appears whole or not at all, also when this process is killed or the machine goes down."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, open(temporary, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _check_visible(parts: set[Path]) -> None:

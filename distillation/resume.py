@@ -5,7 +5,6 @@ weights or counters does.
 """
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from torch import nn
 
 from config.config import Config, Phase
 from config.errors import UserError
+from data.files import read_json_lines, whole_file
 from distillation.ema import EMA
 from distillation.objective import Objective
 from distillation.plan import Plan
@@ -151,16 +151,9 @@ def keep_rows_until(path: Path, step: int) -> None:
     """Cut from metrics.jsonl what a run had logged after the checkpoint that it is resumed from. Rank 0 only."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            if line and json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:  # torn, when the run was killed
-            continue
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    kept = [line for line, row in read_json_lines(path) if row and row["step"] <= step]
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def phase_ends(position: Position, phase: Phase) -> int:

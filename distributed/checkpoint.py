@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from config.errors import UserError
-from distributed.process_group import Ranks, broadcast_object, gather_objects, on_main
+from distributed.process_group import Ranks, broadcast_object, gather_objects, on_main, together
 
 log = logging.getLogger(__name__)
 # What `no_dist` asks for is not worth a warning where there is no process group.
@@ -188,10 +188,8 @@ def find_checkpoint(asked: str, folder: Path, ranks: Ranks) -> Path | None:
             raise UserError(f"--resume_from_checkpoint {asked}: cannot be used: {why}; accepted is another, or latest")
         return path
 
-    found: list[Path | None] = [None]
     # Rank 0 chooses, for all: the folder may change between two looks at it.
-    on_main(ranks, lambda: found.__setitem__(0, find()))
-    return broadcast_object(found[0])
+    return broadcast_object(together(lambda: find() if ranks.is_main else None))
 
 
 def _latest(folder: Path) -> Path | None:

@@ -7,7 +7,6 @@ the while, are exchanged after it: no picture waits for them.
 
 import json
 import logging
-import os
 import threading
 import time
 import traceback
@@ -25,6 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from data.files import whole_file
 from distributed.process_group import Ranks, barrier, gather_objects, tally
 from distributed.stop import Stopped, StopSignal
 from models.flow import TimeGrid, VelocityField
@@ -33,7 +33,7 @@ from models.vae import decode, to_pil
 from sampling.ddim import randn, rollout
 from sampling.in_flight import Scoring
 from sampling.review import add_to_manifest, write_review, write_thumbnail
-from sampling.scoring import LABELS, Shot, alarms, compare_prompts, failures, means, same_noise
+from sampling.scoring import Shot, alarms, compare_prompts, failures, label_of, means, same_noise
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ class ParallelSampler:
         shown = []
         for name, mean in means(rows).items():
             failed, asked = missing[name]
-            shown.append(f"{LABELS.get(name, name)} {mean:.3g}" + (f" ({failed} of {asked} failed)" if failed else ""))
+            shown.append(f"{label_of(name)} {mean:.3g}" + (f" ({failed} of {asked} failed)" if failed else ""))
         if shown:
             log.info("%s: %s", round_.prefix, ", ".join(shown))
         for alarm in alarms(rows, [] if round_.weights == "teacher" else list(self._teacher.values())):
@@ -422,9 +422,5 @@ def write_png(path: Path, picture: Image.Image, facts: dict) -> None:
     info.add_text("parameters", parameters(facts))
     for key, value in facts.items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with whole_file(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=info, compress_level=1)  # half the time, little larger
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # what a full disk leaves half written

@@ -4,7 +4,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import shutil
 from collections import defaultdict
 from contextlib import suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from data.files import read_json_lines, whole_file
 from sampling.review_page import THUMBNAIL, render_page
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,9 @@ def write_review(folder: Path, rows: list[dict], metrics: Path | None = None) ->
         write_contact_sheet(folder / f"{_prefix(rows[0])}.png", folder, rows)
     manifest = read_manifest(folder)
     _add_thumbnails(folder, manifest)
-    _write(folder / "index.html", render_page(manifest, _read_metrics(metrics or _find_metrics(folder))))
+    # A run that is being stopped, or still writes, leaves a torn row.
+    measured = [row for _, row in read_json_lines(metrics or _find_metrics(folder)) if row and "step" in row]
+    _write(folder / "index.html", render_page(manifest, measured))
 
 
 def redraw_review(folder: Path) -> Path:
@@ -78,32 +80,21 @@ def read_manifest(folder: Path) -> list[dict]:
     """Its rows, but for lines that are torn or somebody's mistake, which are told of. A file is a name in the folder,
     whatever the manifest says: nothing outside is read, written or deleted."""
     path, rows = folder / "manifest.jsonl", []
-    for number, line in enumerate(_lines(path), 1):
-        row = _parse(line)
-        if row is None:
-            log.warning("%s: line %d is no picture's row; left out", path, number)
-        else:
+    for number, (_, row) in enumerate(read_json_lines(path), 1):
+        if _is_row(row):
             rows.append(row | {"file": Path(row["file"]).name})
+        else:
+            log.warning("%s: line %d is no picture's row; left out", path, number)
     return rows
 
 
-def _lines(path: Path) -> list[str]:
-    """Not splitlines: JSON leaves some characters as they are that it takes for line ends, such as U+2028."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    return [line for line in text.split("\n") if line.strip()]
-
-
-def _parse(line: str) -> dict | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and row.keys() >= NEEDED else None
+def _is_row(row: dict | None) -> bool:
+    return row is not None and row.keys() >= NEEDED
 
 
 def _keep_damaged(path: Path) -> None:
     """A copy of a manifest with lines that would be lost when it is written again."""
-    if all(_parse(line) is not None for line in _lines(path)):
+    if all(_is_row(row) for _, row in read_json_lines(path)):
         return
     copies = (path.with_name(f"{path.name}.broken{number or ''}") for number in itertools.count())
     shutil.copy(path, next(copy for copy in copies if not copy.exists()))
@@ -112,20 +103,6 @@ def _keep_damaged(path: Path) -> None:
 def _find_metrics(folder: Path) -> Path:
     beside = folder / "metrics.jsonl"
     return beside if beside.exists() else folder.resolve().parent / "metrics.jsonl"
-
-
-def _read_metrics(path: Path) -> list[dict]:
-    """The rows of metrics.jsonl that are whole: a run that is being stopped, or still writes, leaves a torn one."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and "step" in row:
-                rows.append(row)
-    return rows
 
 
 def remove_rounds(folder: Path) -> None:
@@ -157,12 +134,8 @@ def write_thumbnail(folder: Path, file: str, picture: Image.Image) -> None:
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     path = _thumbnail_path(folder, file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with whole_file(path) as temporary:
         small.save(temporary, format="JPEG", quality=THUMBNAIL_QUALITY)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # what a full disk leaves half written
 
 
 def _add_thumbnails(folder: Path, manifest: list[dict]) -> None:
@@ -198,9 +171,8 @@ def write_contact_sheet(path: Path, folder: Path, rows: list[dict]) -> None:
             text = _wrap(error, w - 16, font, max(1, (h - 16) // 16))
             pen.multiline_text((x + 8, y + 8), text, fill="#c22", font=font)
         pen.multiline_text((x, y + h + 3), _wrap(row["prompt"], w, font, 2), fill="black", font=font, spacing=2)
-    temporary = path.with_name(f".{path.name}.tmp")
-    sheet.save(temporary, format="PNG", compress_level=1)  # half the time for a tenth more bytes
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        sheet.save(temporary, format="PNG", compress_level=1)  # half the time for a tenth more bytes
 
 
 def _thumbnail(folder: Path, row: dict, size: tuple[int, int], enlarge: bool) -> tuple[Image.Image | None, str]:
@@ -240,10 +212,5 @@ def _shorten(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    # Named by the process: --review may be at work beside a run.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

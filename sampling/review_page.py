@@ -10,19 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sampling.scoring import alarms, means
+from sampling.scoring import LABELS, alarms, label_of, means
 
 THUMBNAIL = 256  # pixels; larger pictures are shown in this size first
 CURVE_POINTS = 400  # a curve is a few hundred pixels wide
 DIGITS = 4
 TEACHER = ("teacher", 0)
-# Scorers in the order in which they are shown: the name in a narrow column, and what follows where there is room.
-LABELS = {
-    "health": ("health", ""),
-    "fidelity": ("likeness", " to the teacher"),
-    "clip": ("clip", ""),
-    "vlm": ("vlm", ""),
-}
 NO_FIGURES = {"score", "ok", "error"}
 
 
@@ -200,7 +193,7 @@ def _score_curve(name: str, by_round: dict[tuple, list[dict]], means_by_round: d
         if key != TEACHER and name in mean
     )
     teacher = _number(means_by_round.get(TEACHER, {}).get(name))
-    return {"title": "".join(LABELS.get(name, (name,))), "points": _thin(points), "teacher": teacher}
+    return {"title": label_of(name), "points": _thin(points), "teacher": teacher}
 
 
 def _thin(points: list[tuple[int, float | None]]) -> list[tuple[int, float | None]]:

@@ -28,7 +28,13 @@ from PIL import Image
 from config.config import ScoringConfig
 from config.errors import UserError
 
-LABELS = {"fidelity": "likeness to the teacher"}  # where a scorer's name would promise too much
+# Scorers in the order in which they are shown: the name in a narrow column, and what follows where there is room.
+LABELS = {
+    "health": ("health", ""),
+    "fidelity": ("likeness", " to the teacher"),
+    "clip": ("clip", ""),
+    "vlm": ("vlm", ""),
+}
 
 FLAT = 0.01  # contrast under which a picture shows nothing
 BLACK = 0.05  # luminance that 99 % of a black picture's pixels stay under
@@ -134,6 +140,11 @@ def check_scorers(config: ScoringConfig) -> None:
             ) from None
 
 
+def label_of(scorer: str) -> str:
+    """What a scorer is called before people: "fidelity" would promise too much."""
+    return "".join(LABELS.get(scorer, (scorer,)))
+
+
 def is_hanging() -> bool:
     """Whether a scorer that was given up still computes."""
     return any(thread.name == THREAD_NAME for thread in threading.enumerate())
@@ -175,25 +186,30 @@ class Health(Scorer):
     name = "health"
 
     def measure(self, shot: Shot) -> dict[str, Any]:
-        pixels = read_pixels(shot.path)
+        picture = read_picture(shot.path)
+        pixels = to_pixels(picture)
         figures = look(pixels)
         problem, score = fault(pixels), 1.0
         if shot.reference:
-            wanted = read_pixels(shot.reference)
+            wanted = to_pixels(read_picture(shot.reference))
             problem = None if problem == fault(wanted) else problem  # a night sky may be black
             score = min(_ratio(figures[key], value) for key, value in look(wanted).items())
         return {
             "score": 0.0 if problem else score,
             **figures,
             "problem": problem,
-            "thumbprint": thumbprint(shot.path),
+            "thumbprint": thumbprint(picture),
         }
 
 
-def read_pixels(path: Path) -> np.ndarray:
-    """(H, W, 3) in [0, 1]."""
+def read_picture(path: Path) -> Image.Image:
     with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"), np.float32) / 255
+        return picture.convert("RGB")
+
+
+def to_pixels(picture: Image.Image) -> np.ndarray:
+    """(H, W, 3) in [0, 1]."""
+    return np.asarray(picture, np.float32) / 255
 
 
 def luminance(pixels: np.ndarray) -> np.ndarray:
@@ -222,11 +238,9 @@ def fault(pixels: np.ndarray) -> str | None:
     return "flat" if pixels.std((0, 1)).max() < FLAT else None
 
 
-def thumbprint(path: Path) -> np.ndarray:
+def thumbprint(picture: Image.Image) -> np.ndarray:
     """(8·8·3,) in [0, 1]: the picture's large shapes and colours."""
-    with Image.open(path) as picture:
-        small = picture.convert("RGB").resize((THUMBPRINT, THUMBPRINT), Image.Resampling.BOX)
-    return np.asarray(small, np.float32).ravel() / 255
+    return to_pixels(picture.resize((THUMBPRINT, THUMBPRINT), Image.Resampling.BOX)).ravel()
 
 
 def _ratio(a: float, b: float) -> float:
@@ -244,7 +258,7 @@ class Fidelity(Scorer):
     def measure(self, shot: Shot) -> dict[str, Any] | None:
         if not shot.reference:
             return None
-        a, b = read_pixels(shot.path), read_pixels(shot.reference)
+        a, b = (to_pixels(read_picture(path)) for path in (shot.path, shot.reference))
         if a.shape != b.shape:
             return None
         similarity = ssim(luminance(a), luminance(b))
@@ -298,10 +312,8 @@ class Clip(Scorer):
 
     @torch.no_grad()
     def measure(self, shot: Shot) -> dict[str, Any]:
-        with Image.open(shot.path) as picture:
-            inputs = self.processor(
-                text=[shot.prompt], images=[picture.convert("RGB")], return_tensors="pt", truncation=True
-            )
+        picture = read_picture(shot.path)
+        inputs = self.processor(text=[shot.prompt], images=[picture], return_tensors="pt", truncation=True)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         output = self.model(**inputs.to(self.model.device))
         cosine = F.cosine_similarity(output.image_embeds.float(), output.text_embeds.float())
