@@ -168,23 +168,25 @@ class Objective:
 
 
 class Deck:
-    """Training pairs of one rollout, shuffled and dealt out to a step's updates: none is wasted, none seen twice.
+    """Training pairs of one rollout, shuffled and dealt out to a step's updates: none is wasted, and in each of the
+    `passes` none is seen twice.
 
     Each micro-batch has its own pairs, drawn when it has none left.
     """
 
-    def __init__(self, updates: int) -> None:
-        self.updates, self._left = updates, {}
+    def __init__(self, updates: int, passes: int = 1) -> None:
+        self.updates, self.passes, self._left = updates, passes, {}
 
     def deal(self, noise: Noise, draw: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """This update's share. `draw` gives the pairs' columns, each (N, …), and is called once in `updates`."""
+        """This update's share. `draw` gives the pairs' columns, each (N, …), and is called once a step."""
         if not self._left.get(noise.micro_step):
             columns = draw()
-            if self.updates == 1:
+            if self.updates * self.passes == 1:
                 return columns
-            order = noise.permutation(len(columns[0]))
-            self._left[noise.micro_step] = [[c[i] for c in columns] for i in order.tensor_split(self.updates)]
-        return tuple(self._left[noise.micro_step].pop())
+            orders = [noise.permutation(len(columns[0])).tensor_split(self.updates) for _ in range(self.passes)]
+            self._left[noise.micro_step] = [(columns, indices) for order in orders for indices in order]
+        columns, indices = self._left[noise.micro_step].pop()
+        return tuple(column[indices] for column in columns)
 
 
 def check_updates(updates: int, count: int, what: str) -> None:

@@ -149,6 +149,7 @@ RECIPE = """
 [[phase]]
 objective = "velocity"
 updates_per_rollout = 2
+rollout_passes = 2
 steps = 2
 [[phase]]
 objective = "trajectory"

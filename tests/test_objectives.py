@@ -294,16 +294,21 @@ def test_uniform_noise_covers_its_range_evenly():
     assert not torch.equal(u, u.sort().values)
 
 
-def test_a_deck_deals_every_pair_once():
-    deck, drawn = Deck(3), []
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_deck_deals_every_pair_once_a_pass(passes):
+    deck, drawn = Deck(3, passes), []
 
     def draw():
         drawn.append(None)
         return torch.arange(10), torch.arange(10) * 2
 
-    hands = [deck.deal(noise_of(update), draw) for update in range(3)]
-    assert len(drawn) == 1 and sorted(torch.cat([h[0] for h in hands]).tolist()) == list(range(10))
-    assert all(torch.equal(2 * a, b) for a, b in hands)
+    hands = [deck.deal(noise_of(update), draw) for update in range(3 * passes)]
+    assert len(drawn) == 1 and all(torch.equal(2 * a, b) for a, b in hands)
+    dealt = [torch.cat([hand[0] for hand in hands[i : i + 3]]).tolist() for i in range(0, len(hands), 3)]
+    assert all(sorted(numbers) == list(range(10)) for numbers in dealt)
+    assert len({tuple(numbers) for numbers in dealt}) == passes  # each in an order of its own
+    deck.deal(noise_of(0), draw)
+    assert len(drawn) == 2
 
 
 def test_pseudo_huber_is_quadratic_near_and_linear_far():

@@ -28,6 +28,7 @@ class Settings:
     updates_per_rollout: int = setting(
         1, "optimizer updates that share a rollout's states between them", bound=AT_LEAST_ONE
     )
+    rollout_passes: int = setting(1, "times that all of a rollout's states are learnt from", bound=AT_LEAST_ONE)
     target_decay: float = setting(0.95, "the target is an average of the student's weights; 0: itself", bound=BELOW_ONE)
     huber_c: float = setting(1e-3, "pseudo-Huber's c; 0 for squared error", bound=NOT_NEGATIVE)
 
@@ -39,7 +40,7 @@ class Objective(objective.Objective):
     def __init__(self, setup: objective.Setup, settings: Settings) -> None:
         super().__init__(setup, settings)
         self.grid = refine_grid(setup.grid, settings.teacher_substeps, setup.shift)
-        self.deck = Deck(settings.updates_per_rollout)
+        self.deck = Deck(settings.updates_per_rollout, settings.rollout_passes)
         self.target: VelocityField = setup.student
         if settings.target_decay:
             self._average, self.target = setup.frozen_student()
@@ -54,7 +55,7 @@ class Objective(objective.Objective):
         return 4 * sum(p.numel() for p in student.parameters()) if settings.target_decay else 0
 
     def schedule(self, step: int) -> tuple[str, ...]:
-        return ("student",) * self.settings.updates_per_rollout
+        return ("student",) * (self.settings.updates_per_rollout * self.settings.rollout_passes)
 
     def loss(self, network: str, batch: Batch, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         draw = self._on_teacher_paths if self.settings.states == "teacher" else self._on_own_pictures

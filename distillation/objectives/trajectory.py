@@ -35,6 +35,7 @@ class Settings:
     updates_per_rollout: int = setting(
         1, "optimizer updates that share a rollout's states between them", bound=AT_LEAST_ONE
     )
+    rollout_passes: int = setting(1, "times that all of a rollout's states are learnt from", bound=AT_LEAST_ONE)
     huber_c: float = setting(0.0, "pseudo-Huber's c; 0 for squared error", bound=NOT_NEGATIVE)
 
 
@@ -45,7 +46,7 @@ class Objective(objective.Objective):
         super().__init__(setup, settings)
         self.grid = few_step_grid(settings.jumps, setup.shift) if settings.jumps else setup.grid
         self.fine_grid = refine_grid(self.grid, settings.teacher_substeps, setup.shift)
-        self.deck = Deck(settings.updates_per_rollout)
+        self.deck = Deck(settings.updates_per_rollout, settings.rollout_passes)
         self._copy, self.guide = setup.frozen_student() if settings.teach == "student" else (None, setup.teacher)
 
     @staticmethod
@@ -65,7 +66,7 @@ class Objective(objective.Objective):
         return 4 * sum(p.numel() for p in student.parameters()) if settings.teach == "student" else 0
 
     def schedule(self, step: int) -> tuple[str, ...]:
-        return ("student",) * self.settings.updates_per_rollout
+        return ("student",) * (self.settings.updates_per_rollout * self.settings.rollout_passes)
 
     def loss(self, network: str, batch: Batch, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         k, x_k, text, target = self.deck.deal(noise, lambda: self._pairs(batch, noise))

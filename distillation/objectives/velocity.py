@@ -24,6 +24,7 @@ class Settings:
     updates_per_rollout: int = setting(
         1, "optimizer updates that share a rollout's states between them", bound=AT_LEAST_ONE
     )
+    rollout_passes: int = setting(1, "times that all of a rollout's states are learnt from", bound=AT_LEAST_ONE)
 
 
 class Objective(objective.Objective):
@@ -32,14 +33,14 @@ class Objective(objective.Objective):
     def __init__(self, setup: objective.Setup, settings: Settings) -> None:
         super().__init__(setup, settings)
         self.grid = refine_grid(setup.grid, settings.teacher_substeps, setup.shift)
-        self.deck = Deck(settings.updates_per_rollout)
+        self.deck = Deck(settings.updates_per_rollout, settings.rollout_passes)
 
     @staticmethod
     def check(settings: Settings, student_steps: int, steps: int) -> None:
         check_updates(settings.updates_per_rollout, student_steps * settings.teacher_substeps, "states")
 
     def schedule(self, step: int) -> tuple[str, ...]:
-        return ("student",) * self.settings.updates_per_rollout
+        return ("student",) * (self.settings.updates_per_rollout * self.settings.rollout_passes)
 
     def loss(self, network: str, batch: Batch, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         x_t, t, text, target = self.deck.deal(noise, lambda: self._pairs(batch, noise))
