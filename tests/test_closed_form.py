@@ -100,7 +100,32 @@ LINE = {"weights": [0.3, 0.7], "means": [[-2.0], [1.5]], "stds": [0.3, 0.4]}
 PLANE = {"weights": [0.5, 0.3, 0.2], "means": [[0.0, 1.8], [-1.6, -1.0], [1.6, -1.0]], "stds": [0.3, 0.3, 0.3]}
 
 
-def teacher_of(field: Mixture) -> Teacher:
+class Taught(nn.Module):
+    """An expert that answers exactly, as `data` does. What a fake score copies is a network that has learnt to."""
+
+    dtype = torch.float64
+
+    def __init__(self, data: Mixture) -> None:
+        super().__init__()
+        self.data, self.means, self.transformer = data, data.means, Student(data.means.shape[1])
+        optimizer = torch.optim.Adam(self.transformer.parameters(), lr=4e-3, betas=(0.9, 0.99))
+        course = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
+        for _ in range(800):
+            t = torch.rand(256)
+            t = SHIFT * t / (1 + (SHIFT - 1) * t)
+            x0, noise = data.draw(256), torch.randn(256, data.means.shape[1])
+            x_t = (1 - t)[:, None] * x0 + t[:, None] * noise
+            v = self.transformer(x_t[:, :, None, None, None], t).flatten(1)
+            optimizer.zero_grad()
+            (v - (noise - x0)).square().mean().backward()
+            optimizer.step()
+            course.step()
+
+    def forward(self, x_t, t, prompt_embeds=None):
+        return self.data(x_t, t)
+
+
+def teacher_of(field: nn.Module) -> Teacher:
     return Teacher([Expert(field, 1.0, 0.0)], torch.zeros(1, 4))
 
 
@@ -118,7 +143,7 @@ def noise_of(step: int, update: int, dimensions: int) -> Noise:
     return Noise(0, 0, step, update, latent_shape=(dimensions, 1, SIDE, SIDE))
 
 
-def train(setup: Setup, name: str, steps: int, rate: float, **settings):
+def train(setup: Setup, name: str, steps: int, rate: float, momentum: float = 0.9, **settings):
     """A phase, as the training loop runs it, its learning rates falling to nothing."""
     objective = build_objective(name, setup, vars(default_settings(name)) | settings)
     networks = {"student": setup.network, **objective.networks()}
@@ -126,7 +151,7 @@ def train(setup: Setup, name: str, steps: int, rate: float, **settings):
     optimizers = {}
     for key, network in networks.items():
         peak = rate if key == "student" else objective.learning_rate(key, rate)
-        optimizers[key] = torch.optim.Adam(network.parameters(), lr=peak, betas=(0.9, 0.99))
+        optimizers[key] = torch.optim.Adam(network.parameters(), lr=peak, betas=(momentum, 0.99))
     dimensions = setup.teacher.experts[0].field.means.shape[1]
     courses = [torch.optim.lr_scheduler.CosineAnnealingLR(o, steps) for o in optimizers.values()]
     for step in range(setup.first_step, setup.first_step + steps):
@@ -221,6 +246,30 @@ def test_consistency_learns_the_distribution():
     train(setup, "velocity", 150, 4e-3)
     train(setup, "consistency", 500, 2e-3, teacher_substeps=4)
     assert_learnt(student, data, within=0.2, sampler="renoise")
+
+
+def test_velocity_learns_the_distribution_in_many_steps():
+    data, student, setup = setup_of(LINE)
+    train(setup, "velocity", 300, 4e-3)
+    samples = drawn(student, 1, few_step_grid(32, SHIFT))
+    assert wasserstein(samples, data.draw(len(samples))) < 0.12
+    assert wasserstein(drawn(student, 1), data.draw(len(samples))) > 0.15  # few are not enough
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the fake score's warm-up
+@pytest.mark.parametrize("mixture, steps, rate", [(LINE, 400, 4e-3), (PLANE, 600, 8e-3)])
+def test_dmd_learns_the_distribution(mixture, steps, rate):
+    """From a student that has merely learnt what few steps of the teacher do."""
+    data = Mixture(**mixture)
+    student = Student(data.means.shape[1])
+    setup = Setup(teacher_of(Taught(data)), student, GRID, SHIFT, student, lambda network, dtype: network.double())
+    train(setup, "trajectory", 200, 4e-3, teacher_substeps=2)
+    samples = drawn(student, data.means.shape[1])
+    before = wasserstein(samples, data.draw(len(samples)))
+    settings = {"fake_score": "full", "fake_learning_rate": rate, "fake_updates": 3, "fake_warmup_steps": 30}
+    train(setup, "dmd", steps, rate, momentum=0.0, **settings)
+    assert before > 0.15
+    assert_learnt(student, data, within=0.7 * before)
 
 
 # ------------------------------------------------------------------------------------------------ single losses
