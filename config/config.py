@@ -259,6 +259,11 @@ class Config:
             return ()
         return ("--dataloader_num_workers is not needed any more: prompts are encoded once and memory-mapped",)
 
+    def by_flag(self) -> dict[str, Any]:
+        """Every setting's value, by its flag; the phases as one."""
+        sections = [getattr(self, name) for name in SECTIONS]
+        return {f"--{name}": value for s in sections for name, value in asdict(s).items()} | {"phases": self.phases}
+
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts that `json.dump` takes."""
         return asdict(self)

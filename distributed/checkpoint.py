@@ -48,7 +48,10 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int | None, ranks: Ranks) -> None:
         self.folder, self.keep, self.ranks = folder, keep, ranks
         self._writer: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._error: CheckpointFailed | None = None
+        if ranks.is_main:
+            for left in folder.glob(".step_*.tmp"):  # by a writer that was killed
+                shutil.rmtree(left)
 
     def save(self, step: int, state: dict[str, Any], own: dict[str, Any]) -> None:
         """Copy the state, and begin to write it: training may go on. All ranks call it.
@@ -77,11 +80,18 @@ class Checkpoints:
             writer, self._writer = self._writer, None
             if writer:
                 writer.join()
-            error, self._error = self._error, None
-            if error:
-                raise CheckpointFailed(str(error)) from error
+            self.check()
 
         on_main(self.ranks, wait)
+
+    def check(self) -> None:
+        """Raises CheckpointFailed, on rank 0 alone, where the last checkpoint has turned out not to be writable.
+
+        Not a collective; whoever trains on without checkpoints works for nothing.
+        """
+        error, self._error = self._error, None
+        if error:
+            raise error
 
     def _write(self, step: int, parts: dict[str, dict[str, torch.Tensor]], facts: dict) -> None:
         final = self.folder / f"step_{step:08d}"
@@ -95,7 +105,9 @@ class Checkpoints:
             self._prune(final)
         except Exception as error:  # kept for `finish`, which tells all ranks
             shutil.rmtree(temporary, ignore_errors=True)
-            self._error = CheckpointFailed(f"{final} could not be written: {type(error).__name__}: {error}")
+            failed = CheckpointFailed(f"{final} could not be written: {type(error).__name__}: {error}")
+            failed.__cause__ = error
+            self._error = failed
 
     def _prune(self, newest: Path) -> None:
         """Only older ones go: a folder that is resumed from in the middle keeps what is ahead until it is replaced."""

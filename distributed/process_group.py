@@ -1,7 +1,7 @@
 """Where this process stands among all of them, and what they tell each other. A plain `python` is one rank, no group.
 
 Start: `check_launch`, then `init_process_group`, then everything else: data, samplers and models made earlier would not
-be sharded. End: `destroy` after success, `fail` otherwise.
+be sharded. End: `destroy` after success, `fail` of distributed/failure.py otherwise.
 
 Objects and flags travel over gloo on the CPU, so they neither touch GPU memory nor wait for GPU work in flight.
 """
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,10 @@ LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_P
 FLIGHT_RECORDER_ENTRIES = "2000"  # collectives remembered a rank
 
 T = TypeVar("T")
+
+
+class PeerFailed(RuntimeError):
+    """Another rank could not do what all were to do. Its words are the message."""
 
 
 @dataclass(frozen=True)
@@ -118,19 +122,20 @@ def _turn_on_flight_recorder() -> None:
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
-def _alone() -> bool:
+def is_alone() -> bool:
+    """Whether there is no process group."""
     return not (dist.is_available() and dist.is_initialized())
 
 
 def barrier() -> None:
     """Wait until every rank is here. Collective."""
-    if not _alone():
+    if not is_alone():
         dist.barrier()
 
 
 def gather_objects(obj: Any) -> list[Any]:
     """Every rank's picklable `obj`, by rank, on all ranks. Collective."""
-    if _alone():
+    if is_alone():
         return [obj]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, obj)
@@ -139,7 +144,7 @@ def gather_objects(obj: Any) -> list[Any]:
 
 def broadcast_object(obj: Any, src: int = 0) -> Any:
     """Rank `src`'s picklable `obj`, on all ranks; what the others pass is ignored. Collective."""
-    if _alone():
+    if is_alone():
         return obj
     box = [obj if dist.get_rank() == src else None]
     dist.broadcast_object_list(box, src=src)
@@ -150,7 +155,7 @@ def together(work: Callable[..., T], *args: Any) -> T:
     """This rank's `work(*args)`; when it raises on one rank, all raise. Collective; `work` itself must not be.
 
     Raises:
-        What `work` raised, on the rank where it did; on the others a RuntimeError with that rank's words, or a
+        What `work` raised, on the rank where it did; on the others a PeerFailed with that rank's words, or a
         UserError where that is what it was.
     """
     result, error = None, None
@@ -165,8 +170,20 @@ def together(work: Callable[..., T], *args: Any) -> T:
         raise error
     failures = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in enumerate(told) if text is not None)
     if failures:
-        raise (UserError if any(mistake for _, mistake in told) else RuntimeError)(failures)
+        raise (UserError if any(mistake for _, mistake in told) else PeerFailed)(failures)
     return result
+
+
+def check_alike(facts: dict[str, Any]) -> None:
+    """Raises UserError, on all ranks, where one of the facts is not on every rank what it is on rank 0. Collective."""
+    first, *others = gather_objects(facts)
+    for rank, own in enumerate(others, 1):
+        for name in {**first, **own}:
+            if first.get(name) != own.get(name):
+                raise UserError(
+                    f"{name} is {own.get(name)!r} on rank {rank}, but {first.get(name)!r} on rank 0; accepted are the "
+                    "same flags and versions on all ranks"
+                )
 
 
 def on_main(ranks: Ranks, work: Callable[[], Any]) -> None:
@@ -182,15 +199,20 @@ def tally(name: str, count: int = 0) -> int:
 
     Raises dist.DistError where the store is gone; one that hangs is waited for.
     """
-    if _alone():
+    if is_alone():
         _counts_alone[name] += count
         return _counts_alone[name]
-    return dist.distributed_c10d._get_default_store().add(name, count)
+    return store().add(name, count)
+
+
+def store() -> dist.Store:
+    """What all ranks can write to and read, without a collective. With torchrun it lives in torchrun itself."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The mean of every rank's tensor, on all ranks, in place. Collective on the tensor's own device."""
-    if not _alone():
+    if not is_alone():
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
@@ -198,18 +220,6 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 def destroy() -> None:
     """Leave the group after success. Never after a failure: peers inside a collective would be waited for."""
-    if not _alone():
+    if not is_alone():
         dist.barrier()  # all ranks: nobody closes connections that a slower one still uses
         dist.destroy_process_group()
-
-
-def fail(message: str) -> NoReturn:
-    """Say which rank failed and why, and end this process at once with exit code 1; torchrun then ends the others.
-
-    No clean-up: it would wait for peers that sit in a collective.
-    """
-    try:
-        print(f"rank {os.environ.get('RANK', '0')} failed: {message}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-    finally:
-        os._exit(1)

@@ -111,15 +111,6 @@ def test_half_an_environment_is_refused(monkeypatch):
     check_launch(distributed=True)
 
 
-def test_fail_says_which_rank_and_exits_with_1(monkeypatch, capsys):
-    codes = []
-    monkeypatch.setattr(os, "_exit", codes.append)
-    launch(monkeypatch, 3, 4)
-    process_group.fail("ValueError: nan")
-    assert codes == [1]
-    assert capsys.readouterr().err == "rank 3 failed: ValueError: nan\n"
-
-
 def talk(ranks):
     def work():
         if ranks.rank == 1:
@@ -148,7 +139,7 @@ def test_two_ranks_hear_each_other():
     assert first == Ranks(0, 2, 0, 2, torch.device("cpu"), launched_by_torchrun=True)
     assert second == Ranks(1, 2, 1, 2, torch.device("cpu"), launched_by_torchrun=True)
     # Each hears in its own words what was raised: the rank that failed its own error, the other one whose it was.
-    assert heard_first.pop("raised") == "RuntimeError: rank 1: OSError: disk full"
+    assert heard_first.pop("raised") == "PeerFailed: rank 1: OSError: disk full"
     assert heard_second.pop("raised") == "OSError: disk full"
     # A user's mistake stays one on all ranks.
     assert heard_first.pop("refused") == "UserError: wrong flag"

@@ -1,85 +1,16 @@
 """SIGTERM and SIGINT under real torchrun: all ranks finish the step together, write a checkpoint, and can go on."""
 
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from distributed.checkpoint import list_checkpoints, what_is_broken
-from tests.test_train import PROGRAM, flags
-
-LIMIT = 90.0  # seconds, until a run has got somewhere
-TOO_MANY = "100000"  # steps: more than any test waits for
+from tests.faults.job import TOO_MANY
 
 
-class Started:
-    """The program on two ranks, in the background."""
-
-    def __init__(self, teacher: Path, folder: Path, *more: str) -> None:
-        self.folder = folder
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", PROGRAM]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-        given = flags(teacher, folder, "--score", "none", *more)
-        given[given.index("--num_steps") + 1] = TOO_MANY
-        self.said = open(folder.parent / "said.txt", "w+")  # noqa: SIM115
-        self.process = subprocess.Popen([sys.executable, *command, *given], stdout=self.said, stderr=self.said, env=env)
-
-    def wait_for(self, ready) -> None:
-        deadline = time.monotonic() + LIMIT
-        while not ready():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.words()
-            time.sleep(0.05)
-
-    def rows(self) -> list[dict]:
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-
-    def ranks(self) -> list[int]:
-        """Their process ids."""
-        pid = self.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-    def words(self) -> str:
-        self.said.seek(0)
-        return self.said.read()
-
-    def end(self, within: float = 30.0) -> int:
-        """The exit code."""
-        try:
-            return self.process.wait(within)
-        finally:
-            self.process.kill()
-
-
-@pytest.fixture
-def start(random_pipeline_dir, tmp_path):
-    started = []
-
-    def start(*more: str, folder="out") -> Started:
-        started.append(Started(random_pipeline_dir, tmp_path / folder, *more))
-        return started[-1]
-
-    yield start
-    for each in started:
-        for pid in each.ranks() if each.process.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
-        each.process.kill()
-
-
-def is_linux() -> bool:
-    return Path("/proc/self/task").exists()
-
-
-pytestmark = [pytest.mark.torchrun, pytest.mark.skipif(not is_linux(), reason="finds the ranks by /proc")]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(number, start):
     run = start("--steps_per_epoch", TOO_MANY)
     run.wait_for(lambda: len(run.rows()) > 2)
