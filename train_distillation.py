@@ -11,6 +11,7 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -97,6 +98,9 @@ def main(argv: list[str]) -> None:
         with suppress(RuntimeError):  # no store to say it in
             first_failure(f"error: {mistake}")
         os._exit(2)
+    except KeyboardInterrupt:  # before StopSignal looks after it
+        print("stopped before anything was begun", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
     except Exception as failure:
         stand_back(failure)  # ends this process where another rank failed first
         raise

@@ -8,7 +8,9 @@ Objects and flags travel over gloo on the CPU, so they neither touch GPU memory 
 
 import os
 import shlex
+import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from config.errors import UserError
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # all set by torchrun
+STORE_SECONDS = 10.0  # in which torchrun must answer
 FLIGHT_RECORDER_ENTRIES = "2000"  # collectives remembered a rank
 
 T = TypeVar("T")
@@ -69,7 +72,8 @@ def init_process_group(timeout_seconds: float) -> Ranks:
         timeout_seconds: how long a collective waits for the slowest rank before the run is given up.
 
     Raises:
-        UserError: more processes on this machine than GPUs.
+        UserError: more processes on this machine than GPUs, or two on one.
+        ConnectionError: torchrun has ended.
     """
     ranks = _ranks_from_environment()
     use_cuda = ranks.device.type == "cuda"
@@ -77,11 +81,21 @@ def init_process_group(timeout_seconds: float) -> Ranks:
         torch.cuda.set_device(ranks.device)  # before the group: else every rank opens a context on GPU 0
     if not ranks.launched_by_torchrun:
         return ranks
+    _check_torchrun_is_there()
     timeout = timedelta(seconds=timeout_seconds)
     if use_cuda:
         _turn_on_flight_recorder()
         # With `device_id` NCCL connects now, where a failure is easy to read, and barriers know their device.
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=ranks.device)
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=ranks.device)
+        except RuntimeError as error:
+            if "Duplicate GPU" not in str(error):
+                raise
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+            raise UserError(
+                f"rank {ranks.rank} is on {ranks.device} with CUDA_VISIBLE_DEVICES={visible}, where another rank is; "
+                "accepted is a GPU for each: leave it to torchrun --nproc_per_node, and let all ranks see all GPUs"
+            ) from error
     else:
         dist.init_process_group("gloo", timeout=timeout)
     # All ranks: nobody starts to load gigabytes before every rank is known to be there.
@@ -112,6 +126,22 @@ def _device(local_rank: int, world_size: int) -> torch.device:
             f"pass --nproc_per_node={found} to torchrun (or set CUDA_VISIBLE_DEVICES= to run on CPUs)"
         )
     return torch.device("cuda", local_rank)
+
+
+def _check_torchrun_is_there() -> None:
+    """Raises ConnectionError where torchrun has ended meanwhile: joining the others would wait for it for an hour."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # rank 0 keeps the store, and may yet come
+        return
+    address, deadline = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), time.monotonic() + STORE_SECONDS
+    while True:
+        try:
+            socket.create_connection(address, timeout=STORE_SECONDS).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                where = ":".join(map(str, address))
+                raise ConnectionError(f"torchrun does not answer at {where} any more ({error})") from None
+        time.sleep(0.5)
 
 
 def _turn_on_flight_recorder() -> None:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 # Stage → module, class in it or "", function.
 PLACES = {
+    "group": ("distributed.process_group", "", "_ranks_from_environment"),
     "start": ("distillation.plan", "", "read_prompts"),
     "loading": ("models.teacher", "", "load_transformer"),
     "encoding": ("models.teacher", "", "prompt_clean"),
@@ -42,6 +43,8 @@ def happen(what: str) -> None:
             torch.empty(2**50)  # more than any machine has
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "SIGTERM" | "SIGINT":
+            os.kill(os.getpid(), signal.Signals[what])
         case "hangs":
             time.sleep(1000)
         case "full":  # a disk that takes little more; the kernel's word for it is another one

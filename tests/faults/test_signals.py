@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 
 import pytest
 
@@ -33,6 +34,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(number, start):
     assert steps == list(range(1, len(steps) + 1)), "each step is logged once"
 
 
+@pytest.mark.long
 def test_torchrun_hands_a_signal_on_and_all_ranks_stop_in_time(start):
     run = start("--steps_per_epoch", TOO_MANY)
     run.wait_for(lambda: len(run.rows()) > 1)
@@ -64,3 +66,34 @@ def test_a_signal_while_prompts_are_encoded(start, tmp_path):
     os.kill(run.ranks()[1], signal.SIGTERM)
     assert run.end() == 0, run.words()
     assert re.search("stopped; to go on", run.words()) and not (run.folder / "checkpoints").exists()
+
+
+long = pytest.mark.long
+
+
+@long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_ranks_import(number, start):
+    run = start()
+    run.wait_for(lambda: len(run.ranks()) == 2)
+    time.sleep(1)
+    run.process.send_signal(number)
+    assert run.end() != 0, run.words()
+    assert not run.processes() and not run.folder.exists()
+
+
+@long
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_one_rank_before_the_group_exists_ends_the_job(number, start):
+    run = start(fault=f"{number} group 1")
+    assert run.end_of_fault() != 0 and not run.folder.exists()
+    words = run.words() if number == "SIGINT" else run.root_cause()
+    assert ("stopped before anything was begun" if number == "SIGINT" else "Signal 15 (SIGTERM)") in words, run.words()
+
+
+@pytest.mark.parametrize("where", ["loading", pytest.param("start", marks=long)])
+def test_a_signal_to_one_rank_before_the_first_step_stops_all(where, start):
+    run = start(fault=f"SIGTERM {where} 1")
+    assert run.end_of_fault() == 0, run.words()
+    assert "stopped; to go on: torchrun --nproc_per_node=2 " in run.words() and not run.rows()
+    assert not (run.folder / "checkpoints").exists()
