@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 LATEST = "latest"
+WRITER = "checkpoint"  # the name of the thread that writes one
 TENSOR = "__tensor__"  # in state.json, in place of a tensor: [part, name]
 HASHED_AT_ONCE = 2**24  # bytes
 
@@ -70,7 +71,7 @@ class Checkpoints:
         parts, facts = split(state)
         copies = {part: {k: v.detach().to("cpu", copy=True) for k, v in ts.items()} for part, ts in parts.items()}
         facts = {"step": step, "world_size": self.ranks.world_size, "state": facts, "ranks": own_by_rank}
-        self._writer = threading.Thread(target=self._write, args=(step, copies, facts), name="checkpoint")
+        self._writer = threading.Thread(target=self._write, args=(step, copies, facts), name=WRITER)
         self._writer.start()
 
     def finish(self) -> None:

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import torch
 
+from distributed.checkpoint import WRITER
 from distributed.process_group import PeerFailed, Ranks, gather_objects, is_alone, store
 
 FIRST = "words of the first rank that failed"  # keys of the store
@@ -25,6 +26,7 @@ LOOK_SECONDS = 1.0  # between two looks at the others
 NOTICE_SECONDS = 2.0  # until a death is seen beside it, and told to other machines
 GRACE_SECONDS = 5.0  # for torchrun to end this process, before it ends itself
 PLACES_SECONDS = 3.0  # for the others to say where they are
+WRITER_SECONDS = 8.0  # for a checkpoint that is being written
 FRAMES_SHOWN = 5
 WAITING = "waiting for the others in "
 ROOT = Path(__file__).parent.parent
@@ -87,7 +89,7 @@ def stand_back(error: Exception) -> None:
         said = f"rank {os.environ['RANK']} failed: {in_words(error)}"
         if _is_another_s(error) or first_failure(said) != said:
             _wake.wait(GRACE_SECONDS)
-            os._exit(1)
+            _end()
         if isinstance(error, RuntimeError) and "timed out" in said.lower():
             error.add_note(_where_all_were())
 
@@ -95,7 +97,7 @@ def stand_back(error: Exception) -> None:
 def fail(error: Exception) -> NoReturn:
     """Say which rank failed and why, and end this process at once with exit code 1; torchrun then ends the others.
 
-    No clean-up: it would wait for peers that sit in a collective.
+    No clean-up but of a checkpoint in work: it would wait for peers that sit in a collective.
     """
     try:
         traceback.print_exception(error)
@@ -103,7 +105,7 @@ def fail(error: Exception) -> NoReturn:
         print(f"rank {os.environ.get('RANK', '0')} failed: {in_words(error)}{notes}", file=sys.stderr, flush=True)
         sys.stdout.flush()
     finally:
-        os._exit(1)
+        _end()
 
 
 def in_words(error: BaseException) -> str:
@@ -125,10 +127,10 @@ def _watch(ranks: Ranks) -> None:
         store().set(f"{PLACE} {ranks.rank}", place)
     except RuntimeError:
         if not ended_beside():  # else that one was torchrun's reason to end
-            print(f"rank {ranks.rank}: ends, because torchrun has gone", file=sys.stderr, flush=True)
-        os._exit(1)
+            print(f"rank {ranks.rank}: ends, because torchrun's store has gone", file=sys.stderr, flush=True)
+        _end()
     _wake.wait(GRACE_SECONDS)
-    os._exit(1)
+    _end()
 
 
 def _tell_of_deaths() -> None:
@@ -137,6 +139,16 @@ def _tell_of_deaths() -> None:
         words = f"rank {rank} failed: ended without a word: killed, or out of memory (rank {os.environ['RANK']} saw it)"
         if first_failure(words) == words:
             print(words, file=sys.stderr, flush=True)
+
+
+def _end() -> NoReturn:
+    """At once, but for a checkpoint that is nearly on the disk: it holds no fault, it was copied before."""
+    try:
+        for thread in threading.enumerate():
+            if thread.name == WRITER:
+                thread.join(WRITER_SECONDS)
+    finally:
+        os._exit(1)
 
 
 def _is_another_s(error: Exception) -> bool:

@@ -86,7 +86,7 @@ def test_no_rank_outlives_torchrun(start):
     while job.processes():
         assert time.monotonic() < deadline, job.words()
         time.sleep(0.1)
-    assert "because torchrun has gone" in job.words()
+    assert "because torchrun's store has gone" in job.words()
 
 
 def test_a_hang_ends_at_the_timeout_and_is_located(start):
