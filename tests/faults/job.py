@@ -12,7 +12,8 @@ from pathlib import Path
 from tests.test_train import PROGRAM, flags
 
 FAULTY = str(Path(__file__).parent / "faulty.py")
-START_SECONDS = 120.0  # until a run has got somewhere; two ranks import torch and Diffusers at the same time
+START_SECONDS = 240.0  # until a run has got somewhere; on a starved machine imports alone were seen to take a minute
+RUN_SECONDS = 400.0  # for a short run from beginning to end
 END_SECONDS = 15.0  # from a fault to the end of the job
 TOO_MANY = "100000"  # steps: more than any test waits for
 MARK = "JOB_OF_A_TEST"

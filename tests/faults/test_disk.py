@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from distributed.checkpoint import list_checkpoints, what_is_broken
+from tests.faults.job import RUN_SECONDS
 
 long = pytest.mark.long
 FLAGS = (
@@ -50,12 +51,12 @@ def assert_failed_whole(job, words: str) -> Path:
 
 def assert_goes_on(last: Path, start, folder: str) -> None:
     again = start(*FLAGS, "2", "--resume_from_checkpoint", "latest", folder=folder, steps=str(int(last.name[5:]) + 2))
-    assert again.end(120) == 0 and f"resumed from {last}" in again.words(), again.words()
+    assert again.end(RUN_SECONDS) == 0 and f"resumed from {last}" in again.words(), again.words()
 
 
 def test_a_full_disk(small_disk, start):
     job = start(*FLAGS, "9", folder="disk/out")
-    assert job.process.wait(120) != 0 and not job.processes()
+    assert job.process.wait(RUN_SECONDS) != 0 and not job.processes()
     last = assert_failed_whole(job, "No space left on device")
     assert not list(last.parent.glob(".*"))
     remount(small_disk, "size=20m")
@@ -77,7 +78,7 @@ def test_a_disk_that_becomes_read_only(small_disk, start):
     job = start(*FLAGS, "2", folder="disk/out")
     job.wait_for(lambda: list_checkpoints(job.folder / "checkpoints"))
     remount(small_disk, "ro")
-    assert job.process.wait(60) != 0 and not job.processes()
+    assert job.process.wait(RUN_SECONDS) != 0 and not job.processes()
     last = assert_failed_whole(job, "Read-only file system")
     remount(small_disk, "rw")
     assert_goes_on(last, start, "disk/out")
@@ -87,6 +88,6 @@ def test_a_disk_that_becomes_read_only(small_disk, start):
 def test_a_read_only_folder_is_a_mistake_said_at_the_start(small_disk, start):
     remount(small_disk, "ro")
     job = start("--output_dir", str(small_disk / "out"))
-    assert job.end(60) != 0 and not job.processes()
+    assert job.end(RUN_SECONDS) != 0 and not job.processes()
     said = f"error: --output_dir {small_disk / 'out'}: cannot be written to (Read-only file system); give a folder"
     assert job.words().count(said) == 1 and "exitcode  : 2" in job.words(), job.words()

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from distributed.checkpoint import list_checkpoints, what_is_broken
-from tests.faults.job import END_SECONDS
+from tests.faults.job import END_SECONDS, RUN_SECONDS
 
 long = pytest.mark.long
 RAISED = "ValueError: a fault put here by the test"
@@ -72,7 +72,7 @@ def test_a_rank_that_cannot_draw_its_share_ends_the_run_after_a_checkpoint(start
 )
 def test_ranks_that_were_started_differently_are_refused(fault, said, start):
     job = start(fault=fault)
-    assert job.end(60) != 0 and not job.processes()
+    assert job.end(RUN_SECONDS) != 0 and not job.processes()
     assert job.words().count(said) == 1 and "exitcode  : 2" in job.words(), job.words()
     assert "Traceback" not in job.words().partition("error: ")[0] and not job.folder.exists()
 
