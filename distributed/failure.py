@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch
 
 from distributed.checkpoint import WRITER
-from distributed.process_group import PeerFailed, Ranks, gather_objects, is_alone, store
+from distributed.process_group import PeerFailed, Ranks, barrier, gather_objects, is_alone, store
 
 FIRST = "words of the first rank that failed"  # keys of the store
 PLACE = "place of rank"
@@ -48,7 +48,8 @@ def watch_the_others(ranks: Ranks) -> None:
 
 
 def stop_watching() -> None:
-    """From now on ranks may end. To be called before `destroy`, where all meet."""
+    """From now on ranks may end, which they do in `destroy`, when all are there. Collective."""
+    barrier()  # all ranks: none stops watching while another still works
     _over.set()
     _wake.set()
     for thread in threading.enumerate():

@@ -48,7 +48,6 @@ def happen(what: str) -> None:
         case "hangs":
             time.sleep(1000)
         case "full":  # a disk that takes little more; the kernel's word for it is another one
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, resource.RLIM_INFINITY))
 
 
