@@ -11,6 +11,7 @@ import shlex
 import socket
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,6 +101,7 @@ def init_process_group(timeout_seconds: float) -> Ranks:
         dist.init_process_group("gloo", timeout=timeout)
     # All ranks: nobody starts to load gigabytes before every rank is known to be there.
     dist.barrier()
+    _begin_store()
     return ranks
 
 
@@ -142,6 +144,13 @@ def _check_torchrun_is_there() -> None:
                 where = ":".join(map(str, address))
                 raise ConnectionError(f"torchrun does not answer at {where} any more ({error})") from None
         time.sleep(0.5)
+
+
+def _begin_store() -> None:
+    """torchrun keeps one store through all its restarts: what an earlier start has left there is not this one's."""
+    global _store
+    name = broadcast_object(uuid.uuid4().hex)
+    _store = None if is_alone() else dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
 
 
 def _turn_on_flight_recorder() -> None:
@@ -222,6 +231,7 @@ def on_main(ranks: Ranks, work: Callable[[], Any]) -> None:
 
 
 _counts_alone: Counter[str] = Counter()
+_store: dist.Store | None = None
 
 
 def tally(name: str, count: int = 0) -> int:
@@ -237,7 +247,7 @@ def tally(name: str, count: int = 0) -> int:
 
 def store() -> dist.Store:
     """What all ranks can write to and read, without a collective. With torchrun it lives in torchrun itself."""
-    return dist.distributed_c10d._get_default_store()
+    return _store
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
