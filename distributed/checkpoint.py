@@ -15,12 +15,15 @@ import os
 import shutil
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from config.errors import UserError
 from distributed.process_group import Ranks, broadcast_object, gather_objects, on_main, together
@@ -127,13 +130,24 @@ def write_checkpoint(folder: Path, parts: dict[str, dict[str, torch.Tensor]], fa
     folder.mkdir(parents=True)
     for part, tensors in parts.items():
         if tensors:
-            dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder / part)), no_dist=True)
+            with _its_own_error():
+                dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder / part)), no_dist=True)
     _write_json(folder / "state.json", facts)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     index = {str(path.relative_to(folder)): [path.stat().st_size, _hash(path)] for path in files}
     _write_json(folder / "index.json", index)
     for path in [*files, *{path.parent for path in files}, folder]:
         _sync(path)
+
+
+@contextmanager
+def _its_own_error() -> Iterator[None]:
+    """What torch packs into a CheckpointException, which is no Exception and would pass by whoever looks for one."""
+    try:
+        yield
+    except CheckpointException as packed:
+        error, _ = next(iter(packed.failures.values()))
+        raise error from None
 
 
 def what_is_broken(folder: Path) -> str | None:
@@ -166,7 +180,8 @@ def read_part(folder: Path, facts: dict[str, Any], part: str) -> Any:
         reader = HuggingFaceStorageReader(str(folder / part))
         known = reader.read_metadata().state_dict_metadata
         tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in known.items()}
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        with _its_own_error():
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
     return join(facts["state"][part], {part: tensors})
 
 

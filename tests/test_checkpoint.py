@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, found again, and good for going on bit for bit."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -100,6 +101,19 @@ def test_a_write_that_fails_leaves_the_last_one_and_is_told(tmp_path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"] and what_is_broken(
         tmp_path / "step_00000001"
     ) is None
+
+
+def test_a_tensor_that_cannot_be_written_is_told_too(tmp_path):
+    """torch's own exception for that is no Exception."""
+    checkpoints, limits = save(tmp_path, 1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # files stay smaller, as on a disk that is full
+    try:
+        checkpoints.save(2, state_at(2), {})
+        with pytest.raises(CheckpointFailed, match="step_00000002 could not be written: .*File too large"):
+            checkpoints.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
 
 
 # ------------------------------------------------------------------------------------------------ found again
