@@ -1,11 +1,11 @@
-# make setup | demo | test | lint        Each installs what it needs first.
+# make setup | demo | test | test-faults | soak | lint        Each installs what it needs first.
 PYTHON ?= python3
 BIN := .venv/bin
 CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
 # Two ranks share the cores.
 THREADS := $(shell echo $$(( $(CORES) > 1 ? $(CORES) / 2 : 1 )))
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-faults soak lint
 
 setup: .venv/installed
 
@@ -27,6 +27,15 @@ demo: setup
 test: setup
 	@sh tests/install_chromium.sh
 	$(BIN)/python -m pytest
+
+# Every fault of docs/reliability.md, also those that `make test` has no time for.
+test-faults: setup
+	$(BIN)/python -m pytest tests/faults tests/test_checkpoint.py tests/test_nonfinite.py -m "long or not long"
+
+# Random kills and signals, 30 restarts: make soak SOAK="--restarts 50 --seed 7"
+SOAK ?=
+soak: setup
+	$(BIN)/python -m tests.faults.soak $(SOAK)
 
 lint: setup
 	$(BIN)/ruff check .

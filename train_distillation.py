@@ -11,10 +11,10 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -32,6 +32,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config.config import PHASE_SETTINGS, Config, Phase, load_config
 from config.errors import UserError
+from data.files import make_writable_folder
 from data.prompt_embeddings import Batch, PromptEmbeddings, encode_prompts, encoder_key
 from data.sampler import PromptSampler
 from distillation.ema import EMA
@@ -42,17 +43,17 @@ from distillation.resume import Position, Resumed, keep_rows_until, phase_ends, 
 from distillation.trackers import Trackers, chosen_trackers
 from distillation.trained import Trained
 from distributed.checkpoint import LATEST, Checkpoints, find_checkpoint
+from distributed.failure import fail, first_failure, stand_back, stop_watching, watch_the_others
 from distributed.process_group import (
     Ranks,
     barrier,
+    check_alike,
     check_launch,
     destroy,
-    fail,
     gather_objects,
     init_process_group,
     mean_over_ranks,
     on_main,
-    tally,
 )
 from distributed.sharding import wrap
 from distributed.stop import Stopped, StopSignal
@@ -80,7 +81,7 @@ from sampling.review import read_manifest, redraw_review, remove_rounds
 from sampling.scoring import build_scorers, check_scorers, is_hanging, means
 
 LOOKING = -1  # in place of an update's number, in the noise with which an objective only looks at the student
-MISTAKE_SAID, MISTAKE_SECONDS = "a user's mistake was said", 5.0
+MISTAKE_SECONDS = 5.0  # in which rank 0 says a mistake that others made too
 PROMPTS_NAMED = 4  # of a step that was skipped
 PLAIN_DDIM_STEPS = 10  # where a pipeline does not say how it draws
 PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,8 +96,14 @@ def main(argv: list[str]) -> None:
         if rank == "0" or not rank_0_says_it():
             print(f"{'' if rank == '0' else f'rank {rank}: '}error: {mistake}", file=sys.stderr, flush=True)
         with suppress(RuntimeError):  # no store to say it in
-            tally(MISTAKE_SAID, 1)
+            first_failure(f"error: {mistake}")
         os._exit(2)
+    except KeyboardInterrupt:  # before StopSignal looks after it
+        print("stopped before anything was begun", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
+    except Exception as failure:
+        stand_back(failure)  # ends this process where another rank failed first
+        raise
 
 
 def rank_0_says_it() -> bool:
@@ -104,7 +111,7 @@ def rank_0_says_it() -> bool:
     deadline = time.monotonic() + MISTAKE_SECONDS
     with suppress(RuntimeError):  # the store has gone with rank 0
         while time.monotonic() < deadline:
-            if tally(MISTAKE_SAID):
+            if first_failure():
                 return True
             time.sleep(0.1)
     return False
@@ -119,7 +126,9 @@ def run(argv: list[str]) -> None:
         start_one_process_a_gpu(argv)
     check_launch(config.run.distributed)
     ranks = init_process_group(config.run.ddp_timeout)
+    watch_the_others(ranks)
     set_up_logging(ranks)
+    check_alike(config.by_flag() | versions())
     for note in config.notes:
         say(ranks, note)
     on_main(ranks, lambda: chosen_trackers(config.run.report_to))  # a missing package ends all ranks
@@ -133,12 +142,14 @@ def run(argv: list[str]) -> None:
                 train(config, ranks, trackers, stop)
         except Stopped:
             say(ranks, how_to_go_on(config, ranks))
+    stop_watching()
     destroy()
 
 
 def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) -> None:
     # What a user can get wrong is looked at first: configs and prompts are read, no weight is loaded.
     plan = make_plan(config, ranks)
+    check_alike(plan.read_from_files())
     if plan.sample_prompts:
         check_scorers(config.scoring)
     resumed = find_resumed(config, plan, ranks)
@@ -293,6 +304,7 @@ def train_phase(run: Run, number: int, phase: Phase, resumed: Resumed | None) ->
         if run.ema:
             run.ema.update()
         run.step += 1
+        run.checkpoints.check()
         skipped_in_a_row = note_skipped(run, skipped, skipped_in_a_row)
         # All ranks look, and see the same.
         noise = Noise(run.config.run.seed, ranks.rank, run.step, LOOKING, 0, plan.latent_shape, ranks.device)
@@ -404,7 +416,10 @@ def encode_all(
         pipeline = load_text_pipeline(info, ranks.device, dtype)
         return lambda batch: encode_text(pipeline, batch)
 
-    return encode_prompts(prompts, load_encoder, cache, key, ranks, after_part=stop.check)
+    text = encode_prompts(prompts, load_encoder, cache, key, ranks, after_part=stop.check)
+    if too_long := text.count_at_least(MAX_SEQUENCE_LENGTH) if ranks.is_main else 0:
+        say(ranks, f"{too_long} of {len(text)} prompts fill the {MAX_SEQUENCE_LENGTH} tokens of text; more is not read")
+    return text
 
 
 def make_student(config: Config, plan: Plan, teacher: Teacher, ranks: Ranks) -> WanTransformer3DModel:
@@ -571,6 +586,7 @@ def begin_run(config: Config, plan: Plan, resumed: Resumed | None) -> None:
     """
     folder, samples = Path(config.run.output_dir), Path(config.sampling.sample_dir)
     check_export_target(folder / "student", plan.info.folder)
+    make_writable_folder("--output_dir", folder)
     # A --sample_dir elsewhere may hold other runs' pictures too.
     own_samples = samples.resolve().is_relative_to(folder.resolve())
     left = [folder / name for name in ("metrics.jsonl", "student", "checkpoints")]
@@ -595,16 +611,19 @@ def begin_run(config: Config, plan: Plan, resumed: Resumed | None) -> None:
 
 
 def write_run_facts(config: Config, plan: Plan, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     facts = {
         "settings": config.to_dict(),
         "resolved": plan.resolved(),
-        "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
+        "versions": versions(),
         "commit": commit or None,
     }
     (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    return {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
 
 
 def export(
@@ -688,5 +707,4 @@ if __name__ == "__main__":
             sys.stdout.flush()
             os._exit(0)
     except Exception as failure:
-        traceback.print_exc()
-        fail(f"{type(failure).__name__}: {failure}")
+        fail(failure)

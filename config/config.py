@@ -15,6 +15,7 @@ from config.settings import (
     BELOW_ONE,
     NOT_NEGATIVE,
     POSITIVE,
+    SCHEDULE,
     SEED,
     UNIT,
     Given,
@@ -76,7 +77,7 @@ class StudentConfig:
 
     student_config: str | None = setting(None, "JSON file; by default a copy of the teacher's low-noise expert")
     student_path: str | None = setting(None, "a finished student's pipeline, for --sample_only")
-    student_steps: int = setting(4, "steps in which the student draws", bound=AT_LEAST_ONE)
+    student_steps: int = setting(4, "steps in which the student draws", bound=SCHEDULE)
     student_shift: float | None = setting(None, "shift of its timesteps; by default the teacher's", bound=POSITIVE)
     height: int | None = setting(None, "pixels, instead of the student config's", bound=AT_LEAST_ONE)
     width: int | None = setting(None, "pixels, instead of the student config's", bound=AT_LEAST_ONE)
@@ -147,14 +148,14 @@ class SamplingConfig:
     )
     sample_interval: int = setting(1, "epochs between two rounds", aliases=("validation_epochs",), bound=AT_LEAST_ONE)
     sample_dir: str | None = setting(None, "where pictures go (default: samples in output_dir)")
-    sample_steps: int | None = setting(None, "steps a picture; by default the student's", bound=AT_LEAST_ONE)
+    sample_steps: int | None = setting(None, "steps a picture; by default the student's", bound=SCHEDULE)
     sample_eta: float = setting(0.0, "noise that ddim adds: 0 is deterministic", bound=UNIT)
     sampler: str = setting("ddim", "how a picture is drawn", choices=("ddim", "renoise"))
     sample_batch_size: int | None = setting(
         None, "pictures at a time (default: 16); halved when memory runs out", bound=AT_LEAST_ONE
     )
     sample_teacher: bool = setting(False, "draw the teacher's pictures once, to compare")
-    sample_teacher_steps: int = setting(50, "steps of the teacher's pictures", bound=AT_LEAST_ONE)
+    sample_teacher_steps: int = setting(50, "steps of the teacher's pictures", bound=SCHEDULE)
     sample_only: bool = setting(False, "draw from --student_path, train nothing")
     sample_seed: int | None = setting(None, "noise of the pictures (default: seed)", bound=SEED)
 
@@ -258,6 +259,11 @@ class Config:
         if self.data.dataloader_num_workers is None:
             return ()
         return ("--dataloader_num_workers is not needed any more: prompts are encoded once and memory-mapped",)
+
+    def by_flag(self) -> dict[str, Any]:
+        """Every setting's value, by its flag; the phases as one."""
+        sections = [getattr(self, name) for name in SECTIONS]
+        return {f"--{name}": value for s in sections for name, value in asdict(s).items()} | {"phases": self.phases}
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts that `json.dump` takes."""

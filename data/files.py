@@ -2,9 +2,12 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from config.errors import UserError
 
 
 @contextmanager
@@ -17,6 +20,18 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_writable_folder(flag: str, folder: Path) -> None:
+    """Make the folder where it is missing. Raises UserError where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"anything")
+    except OSError as error:
+        raise UserError(
+            f"{flag} {folder}: cannot be written to ({error.strerror}); give a folder where there is leave and room"
+        ) from None
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict | None]]:

@@ -60,6 +60,10 @@ class PromptEmbeddings:
         """(n, D): prompt `index`, in the dtype that it was encoded in, on the CPU."""
         return self._mapped(index).clone()
 
+    def count_at_least(self, tokens: int) -> int:
+        """How many of the prompts have so many tokens, or more. Reads no embedding."""
+        return sum(self._open(part).get_slice(name).get_shape()[0] >= tokens for name, part in self._places)
+
     def batch(self, indices: list[int]) -> Batch:
         """The prompts at `indices`, padded with zeros to the longest of them, on the CPU."""
         embeds = [self._mapped(index) for index in indices]
@@ -70,9 +74,12 @@ class PromptEmbeddings:
     def _mapped(self, index: int) -> torch.Tensor:
         """A view of the mapping: whoever wrote to it would change what later reads see."""
         name, part = self._places[index]
+        return self._open(part).get_tensor(name)
+
+    def _open(self, part: Path) -> Any:
         if part not in self._open_parts:
             self._open_parts[part] = safe_open(part, framework="pt")
-        return self._open_parts[part].get_tensor(name)
+        return self._open_parts[part]
 
 
 def encode_prompts(

@@ -1,5 +1,6 @@
 """What follows from the flags and the config files, before any weight is loaded."""
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -51,6 +52,15 @@ class Plan:
             "phases": [asdict(phase) for phase in self.phases],
         }
 
+    def read_from_files(self) -> dict[str, object]:
+        """What all ranks must have read alike, by what they read it from."""
+        return {
+            "--teacher_path": self.info.transformer_configs,
+            "--student_config": self.spec.transformer_config,
+            "--data_path, number and hash of prompts": (len(self.prompts), _hash(self.prompts)),
+            "--sample_prompts, number and hash": (len(self.sample_prompts), _hash(self.sample_prompts)),
+        }
+
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return self.info.latent_shape(self.spec.height, self.spec.width)
@@ -63,6 +73,10 @@ class Plan:
         """After every `sample_interval`-th epoch, and always at the very end."""
         interval = self.steps_per_epoch * self.sample_interval
         return step % interval == 0 or step == self.total_steps
+
+
+def _hash(texts: list[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
 
 
 def make_plan(config: Config, ranks: Ranks) -> Plan:

@@ -15,12 +15,15 @@ import os
 import shutil
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from config.errors import UserError
 from distributed.process_group import Ranks, broadcast_object, gather_objects, on_main, together
@@ -30,6 +33,7 @@ log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 LATEST = "latest"
+WRITER = "checkpoint"  # the name of the thread that writes one
 TENSOR = "__tensor__"  # in state.json, in place of a tensor: [part, name]
 HASHED_AT_ONCE = 2**24  # bytes
 
@@ -48,7 +52,10 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int | None, ranks: Ranks) -> None:
         self.folder, self.keep, self.ranks = folder, keep, ranks
         self._writer: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._error: CheckpointFailed | None = None
+        if ranks.is_main:
+            for left in folder.glob(".step_*.tmp"):  # by a writer that was killed
+                shutil.rmtree(left)
 
     def save(self, step: int, state: dict[str, Any], own: dict[str, Any]) -> None:
         """Copy the state, and begin to write it: training may go on. All ranks call it.
@@ -67,7 +74,7 @@ class Checkpoints:
         parts, facts = split(state)
         copies = {part: {k: v.detach().to("cpu", copy=True) for k, v in ts.items()} for part, ts in parts.items()}
         facts = {"step": step, "world_size": self.ranks.world_size, "state": facts, "ranks": own_by_rank}
-        self._writer = threading.Thread(target=self._write, args=(step, copies, facts), name="checkpoint")
+        self._writer = threading.Thread(target=self._write, args=(step, copies, facts), name=WRITER)
         self._writer.start()
 
     def finish(self) -> None:
@@ -77,11 +84,18 @@ class Checkpoints:
             writer, self._writer = self._writer, None
             if writer:
                 writer.join()
-            error, self._error = self._error, None
-            if error:
-                raise CheckpointFailed(str(error)) from error
+            self.check()
 
         on_main(self.ranks, wait)
+
+    def check(self) -> None:
+        """Raises CheckpointFailed, on rank 0 alone, where the last checkpoint has turned out not to be writable.
+
+        Not a collective; whoever trains on without checkpoints works for nothing.
+        """
+        error, self._error = self._error, None
+        if error:
+            raise error
 
     def _write(self, step: int, parts: dict[str, dict[str, torch.Tensor]], facts: dict) -> None:
         final = self.folder / f"step_{step:08d}"
@@ -95,7 +109,9 @@ class Checkpoints:
             self._prune(final)
         except Exception as error:  # kept for `finish`, which tells all ranks
             shutil.rmtree(temporary, ignore_errors=True)
-            self._error = CheckpointFailed(f"{final} could not be written: {type(error).__name__}: {error}")
+            failed = CheckpointFailed(f"{final} could not be written: {type(error).__name__}: {error}")
+            failed.__cause__ = error
+            self._error = failed
 
     def _prune(self, newest: Path) -> None:
         """Only older ones go: a folder that is resumed from in the middle keeps what is ahead until it is replaced."""
@@ -114,13 +130,24 @@ def write_checkpoint(folder: Path, parts: dict[str, dict[str, torch.Tensor]], fa
     folder.mkdir(parents=True)
     for part, tensors in parts.items():
         if tensors:
-            dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder / part)), no_dist=True)
+            with _its_own_error():
+                dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder / part)), no_dist=True)
     _write_json(folder / "state.json", facts)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     index = {str(path.relative_to(folder)): [path.stat().st_size, _hash(path)] for path in files}
     _write_json(folder / "index.json", index)
     for path in [*files, *{path.parent for path in files}, folder]:
         _sync(path)
+
+
+@contextmanager
+def _its_own_error() -> Iterator[None]:
+    """What torch packs into a CheckpointException, which is no Exception and would pass by whoever looks for one."""
+    try:
+        yield
+    except CheckpointException as packed:
+        error, _ = next(iter(packed.failures.values()))
+        raise error from None
 
 
 def what_is_broken(folder: Path) -> str | None:
@@ -153,7 +180,8 @@ def read_part(folder: Path, facts: dict[str, Any], part: str) -> Any:
         reader = HuggingFaceStorageReader(str(folder / part))
         known = reader.read_metadata().state_dict_metadata
         tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in known.items()}
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        with _its_own_error():
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
     return join(facts["state"][part], {part: tensors})
 
 

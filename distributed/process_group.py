@@ -1,19 +1,22 @@
 """Where this process stands among all of them, and what they tell each other. A plain `python` is one rank, no group.
 
 Start: `check_launch`, then `init_process_group`, then everything else: data, samplers and models made earlier would not
-be sharded. End: `destroy` after success, `fail` otherwise.
+be sharded. End: `destroy` after success, `fail` of distributed/failure.py otherwise.
 
 Objects and flags travel over gloo on the CPU, so they neither touch GPU memory nor wait for GPU work in flight.
 """
 
 import os
 import shlex
+import socket
 import sys
+import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,9 +24,14 @@ import torch.distributed as dist
 from config.errors import UserError
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # all set by torchrun
+STORE_SECONDS = 10.0  # in which torchrun must answer
 FLIGHT_RECORDER_ENTRIES = "2000"  # collectives remembered a rank
 
 T = TypeVar("T")
+
+
+class PeerFailed(RuntimeError):
+    """Another rank could not do what all were to do. Its words are the message."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,8 @@ def init_process_group(timeout_seconds: float) -> Ranks:
         timeout_seconds: how long a collective waits for the slowest rank before the run is given up.
 
     Raises:
-        UserError: more processes on this machine than GPUs.
+        UserError: more processes on this machine than GPUs, or two on one.
+        ConnectionError: torchrun has ended.
     """
     ranks = _ranks_from_environment()
     use_cuda = ranks.device.type == "cuda"
@@ -73,15 +82,26 @@ def init_process_group(timeout_seconds: float) -> Ranks:
         torch.cuda.set_device(ranks.device)  # before the group: else every rank opens a context on GPU 0
     if not ranks.launched_by_torchrun:
         return ranks
+    _check_torchrun_is_there()
     timeout = timedelta(seconds=timeout_seconds)
     if use_cuda:
         _turn_on_flight_recorder()
         # With `device_id` NCCL connects now, where a failure is easy to read, and barriers know their device.
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=ranks.device)
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=ranks.device)
+        except RuntimeError as error:
+            if "Duplicate GPU" not in str(error):
+                raise
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+            raise UserError(
+                f"rank {ranks.rank} is on {ranks.device} with CUDA_VISIBLE_DEVICES={visible}, where another rank is; "
+                "accepted is a GPU for each: leave it to torchrun --nproc_per_node, and let all ranks see all GPUs"
+            ) from error
     else:
         dist.init_process_group("gloo", timeout=timeout)
     # All ranks: nobody starts to load gigabytes before every rank is known to be there.
     dist.barrier()
+    _begin_store()
     return ranks
 
 
@@ -110,6 +130,29 @@ def _device(local_rank: int, world_size: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _check_torchrun_is_there() -> None:
+    """Raises ConnectionError where torchrun has ended meanwhile: joining the others would wait for it for an hour."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # rank 0 keeps the store, and may yet come
+        return
+    address, deadline = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), time.monotonic() + STORE_SECONDS
+    while True:
+        try:
+            socket.create_connection(address, timeout=STORE_SECONDS).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                where = ":".join(map(str, address))
+                raise ConnectionError(f"torchrun does not answer at {where} any more ({error})") from None
+        time.sleep(0.5)
+
+
+def _begin_store() -> None:
+    """torchrun keeps one store through all its restarts: what an earlier start has left there is not this one's."""
+    global _store
+    name = broadcast_object(uuid.uuid4().hex)
+    _store = None if is_alone() else dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+
+
 def _turn_on_flight_recorder() -> None:
     """Let a timeout leave evidence: each rank's last collectives, written to TORCH_FR_DUMP_TEMP_FILE."""
     # The older name wins where a user set it; setting both makes PyTorch warn.
@@ -118,19 +161,20 @@ def _turn_on_flight_recorder() -> None:
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
-def _alone() -> bool:
+def is_alone() -> bool:
+    """Whether there is no process group."""
     return not (dist.is_available() and dist.is_initialized())
 
 
 def barrier() -> None:
     """Wait until every rank is here. Collective."""
-    if not _alone():
+    if not is_alone():
         dist.barrier()
 
 
 def gather_objects(obj: Any) -> list[Any]:
     """Every rank's picklable `obj`, by rank, on all ranks. Collective."""
-    if _alone():
+    if is_alone():
         return [obj]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, obj)
@@ -139,7 +183,7 @@ def gather_objects(obj: Any) -> list[Any]:
 
 def broadcast_object(obj: Any, src: int = 0) -> Any:
     """Rank `src`'s picklable `obj`, on all ranks; what the others pass is ignored. Collective."""
-    if _alone():
+    if is_alone():
         return obj
     box = [obj if dist.get_rank() == src else None]
     dist.broadcast_object_list(box, src=src)
@@ -150,7 +194,7 @@ def together(work: Callable[..., T], *args: Any) -> T:
     """This rank's `work(*args)`; when it raises on one rank, all raise. Collective; `work` itself must not be.
 
     Raises:
-        What `work` raised, on the rank where it did; on the others a RuntimeError with that rank's words, or a
+        What `work` raised, on the rank where it did; on the others a PeerFailed with that rank's words, or a
         UserError where that is what it was.
     """
     result, error = None, None
@@ -165,8 +209,20 @@ def together(work: Callable[..., T], *args: Any) -> T:
         raise error
     failures = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in enumerate(told) if text is not None)
     if failures:
-        raise (UserError if any(mistake for _, mistake in told) else RuntimeError)(failures)
+        raise (UserError if any(mistake for _, mistake in told) else PeerFailed)(failures)
     return result
+
+
+def check_alike(facts: dict[str, Any]) -> None:
+    """Raises UserError, on all ranks, where one of the facts is not on every rank what it is on rank 0. Collective."""
+    first, *others = gather_objects(facts)
+    for rank, own in enumerate(others, 1):
+        for name in {**first, **own}:
+            if first.get(name) != own.get(name):
+                raise UserError(
+                    f"{name} is {own.get(name)!r} on rank {rank}, but {first.get(name)!r} on rank 0; accepted are the "
+                    "same flags and versions on all ranks"
+                )
 
 
 def on_main(ranks: Ranks, work: Callable[[], Any]) -> None:
@@ -175,6 +231,7 @@ def on_main(ranks: Ranks, work: Callable[[], Any]) -> None:
 
 
 _counts_alone: Counter[str] = Counter()
+_store: dist.Store | None = None
 
 
 def tally(name: str, count: int = 0) -> int:
@@ -182,15 +239,20 @@ def tally(name: str, count: int = 0) -> int:
 
     Raises dist.DistError where the store is gone; one that hangs is waited for.
     """
-    if _alone():
+    if is_alone():
         _counts_alone[name] += count
         return _counts_alone[name]
-    return dist.distributed_c10d._get_default_store().add(name, count)
+    return store().add(name, count)
+
+
+def store() -> dist.Store:
+    """What all ranks can write to and read, without a collective. With torchrun it lives in torchrun itself."""
+    return _store
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The mean of every rank's tensor, on all ranks, in place. Collective on the tensor's own device."""
-    if not _alone():
+    if not is_alone():
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
@@ -198,18 +260,6 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 def destroy() -> None:
     """Leave the group after success. Never after a failure: peers inside a collective would be waited for."""
-    if not _alone():
+    if not is_alone():
         dist.barrier()  # all ranks: nobody closes connections that a slower one still uses
         dist.destroy_process_group()
-
-
-def fail(message: str) -> NoReturn:
-    """Say which rank failed and why, and end this process at once with exit code 1; torchrun then ends the others.
-
-    No clean-up: it would wait for peers that sit in a collective.
-    """
-    try:
-        print(f"rank {os.environ.get('RANK', '0')} failed: {message}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-    finally:
-        os._exit(1)

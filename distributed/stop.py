@@ -9,6 +9,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from distributed.failure import end_now, ended_beside
 from distributed.process_group import tally
 
 # torchrun hands Ctrl-C, which all processes of a terminal get, on to its ranks once more, at once.
@@ -34,6 +35,9 @@ class StopSignal:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and ended_beside():  # torchrun ends what is left of a job that has failed
+            end_now()
+            return
         if self.name:
             if number == signal.SIGINT and time.monotonic() - self._asked_at > SAME_SIGNAL_SECONDS:
                 os._exit(128 + number)

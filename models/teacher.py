@@ -296,8 +296,9 @@ def load_transformer(folder: Path, part: str, dtype: torch.dtype) -> WanTransfor
 def load_text_pipeline(info: TeacherInfo, device: torch.device, dtype: torch.dtype) -> WanPipeline:
     """The pipeline with its text side alone, for its own `encode_prompt`."""
     # transformers keeps a checkpoint's dtype unless told otherwise; Diffusers does not. Both are told.
-    text_encoder = UMT5EncoderModel.from_pretrained(info.folder / "text_encoder", dtype=dtype).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(info.folder / "tokenizer")
+    text_encoder = UMT5EncoderModel.from_pretrained(info.folder / "text_encoder", dtype=dtype, use_safetensors=True)
+    tokenizer = AutoTokenizer.from_pretrained(info.folder / "tokenizer", trust_remote_code=False)
+    text_encoder = text_encoder.to(device).eval()
     return WanPipeline(
         tokenizer=tokenizer, text_encoder=text_encoder, vae=None, scheduler=None, transformer=None, transformer_2=None
     )

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, found again, and good for going on bit for bit."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -100,6 +101,19 @@ def test_a_write_that_fails_leaves_the_last_one_and_is_told(tmp_path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"] and what_is_broken(
         tmp_path / "step_00000001"
     ) is None
+
+
+def test_a_tensor_that_cannot_be_written_is_told_too(tmp_path):
+    """torch's own exception for that is no Exception."""
+    checkpoints, limits = save(tmp_path, 1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # files stay smaller, as on a disk that is full
+    try:
+        checkpoints.save(2, state_at(2), {})
+        with pytest.raises(CheckpointFailed, match="step_00000002 could not be written: .*File too large"):
+            checkpoints.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
 
 
 # ------------------------------------------------------------------------------------------------ found again
@@ -226,6 +240,34 @@ def test_every_objective_goes_on_bit_for_bit(world_size, random_pipeline_dir, tm
         out = tmp_path / f"resumed_{step}"
         assert bits_of(out / "checkpoints" / last.name) == expected, f"resumed after step {step}"
         assert rows_of(out) == rows, f"resumed after step {step}"
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_another_number_of_ranks_goes_on_at_the_same_step_and_prompt(
+    before, after, random_pipeline_dir, tmp_path, capfd
+):
+    (tmp_path / "recipe.toml").write_text("")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    out = tmp_path / "out"
+    run_ranks(_go, before, random_pipeline_dir, out, "--num_steps", "3")
+    run_ranks(_go, after, random_pipeline_dir, out, "--num_steps", "6", "--resume_from_checkpoint", "latest")
+    assert f"written by {before} ranks, now {after}: goes on, but not bit for bit" in capfd.readouterr().out
+    assert [row["step"] for row in rows_of(out)] == [2, 3, 4, 6]
+    facts = [read_facts(folder) for folder in list_checkpoints(out / "checkpoints")]
+    # Two micro-batches of one prompt a rank and step.
+    consumed = [each["state"]["prompts"]["consumed"] for each in facts]
+    assert consumed == [3 * 2 * before, 3 * 2 * before + 3 * 2 * after]
+    assert [(each["step"], each["world_size"], len(each["ranks"])) for each in facts] == [
+        (3, before, before), (6, after, after),
+    ]  # fmt: skip
+
+
+def test_what_a_killed_writer_leaves_is_no_checkpoint_and_goes_at_the_next_start(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / ".step_00000002.tmp" / "student").mkdir(parents=True)
+    assert find_checkpoint("latest", tmp_path, ALONE).name == "step_00000001"
+    Checkpoints(tmp_path, None, ALONE)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
 def bits_of(folder: Path) -> dict[str, bytes]:

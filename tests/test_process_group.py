@@ -1,4 +1,5 @@
 import os
+import socket
 import sys
 import time
 from datetime import timedelta
@@ -92,6 +93,32 @@ def test_more_ranks_than_gpus_is_refused_before_the_group(monkeypatch, two_gpus)
     assert two_gpus == []
 
 
+def test_two_ranks_on_one_gpu_are_a_users_mistake(monkeypatch, two_gpus):
+    def refuse(backend, **kwargs):
+        raise torch.distributed.DistBackendError(said)
+
+    launch(monkeypatch, 1, 2, local_rank=0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(process_group.dist, "init_process_group", refuse)
+    said = "ncclInvalidUsage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 41000"
+    with pytest.raises(UserError, match="rank 1 is on cuda:0 .*DEVICES=3, .* a GPU for each"):
+        init_process_group(5)
+    said = "unhandled system error"
+    with pytest.raises(RuntimeError, match="unhandled"):
+        init_process_group(5)
+
+
+def test_torchrun_that_has_gone_is_not_waited_for(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        launch(monkeypatch, 0, 2)
+        monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        monkeypatch.setattr(process_group, "STORE_SECONDS", 0.5)
+        process_group._check_torchrun_is_there()
+    with pytest.raises(ConnectionError, match="torchrun does not answer at 127.0.0.1:"):
+        init_process_group(3600)
+
+
 def test_distributed_without_torchrun_shows_the_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(sys, "argv", ["train_distillation.py", "--sample_prompts", "A cat", "--distributed"])
@@ -109,15 +136,6 @@ def test_half_an_environment_is_refused(monkeypatch):
     launch(monkeypatch, 3, 8)
     check_launch(distributed=False)
     check_launch(distributed=True)
-
-
-def test_fail_says_which_rank_and_exits_with_1(monkeypatch, capsys):
-    codes = []
-    monkeypatch.setattr(os, "_exit", codes.append)
-    launch(monkeypatch, 3, 4)
-    process_group.fail("ValueError: nan")
-    assert codes == [1]
-    assert capsys.readouterr().err == "rank 3 failed: ValueError: nan\n"
 
 
 def talk(ranks):
@@ -139,6 +157,11 @@ def talk(ranks):
             process_group.together(of_one)
         except Exception as error:
             heard[name] = f"{type(error).__name__}: {error}"
+    process_group.check_alike({"--lr": 0.1})
+    try:
+        process_group.check_alike({"--lr": 0.1 * ranks.rank, "--seed": 0})
+    except UserError as error:
+        heard["unlike"] = str(error)
     process_group.destroy()
     return ranks, heard
 
@@ -148,12 +171,14 @@ def test_two_ranks_hear_each_other():
     assert first == Ranks(0, 2, 0, 2, torch.device("cpu"), launched_by_torchrun=True)
     assert second == Ranks(1, 2, 1, 2, torch.device("cpu"), launched_by_torchrun=True)
     # Each hears in its own words what was raised: the rank that failed its own error, the other one whose it was.
-    assert heard_first.pop("raised") == "RuntimeError: rank 1: OSError: disk full"
+    assert heard_first.pop("raised") == "PeerFailed: rank 1: OSError: disk full"
     assert heard_second.pop("raised") == "OSError: disk full"
     # A user's mistake stays one on all ranks.
     assert heard_first.pop("refused") == "UserError: wrong flag"
     assert heard_second.pop("refused") == "UserError: rank 0: wrong flag"
     assert heard_first == heard_second
+    unlike = heard_first.pop("unlike")
+    assert unlike == heard_second.pop("unlike") and unlike.startswith("--lr is 0.1 on rank 1, but 0.0 on rank 0; ")
     assert heard_first == {"gathered": [0, 10], "broadcast": {"from": 1}}
 
 

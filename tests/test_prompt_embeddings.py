@@ -41,6 +41,11 @@ class Encoder:
         return [row[: len(embed(prompt))] for row, prompt in zip(padded, prompts, strict=True)]
 
 
+def test_prompts_that_fill_the_text_are_counted(tmp_path):
+    embeddings = encode(PROMPTS, Encoder().load, tmp_path)
+    assert [embeddings.count_at_least(tokens) for tokens in (1, 3, 6, 7)] == [6, 5, 2, 0]
+
+
 def no_encoder():
     raise AssertionError("the text encoder was loaded")
 
@@ -189,7 +194,7 @@ def test_two_ranks_share_the_work_and_the_errors(tmp_path):
     assert second["all"] == ["prompt 3", "prompt 4", "prompt 5", "prompt 6"]
     assert first["again"] == second["again"] == []
     assert first["one more"] + second["one more"] == 1  # a rank without work loads no encoder
-    assert first["raised"] == "RuntimeError: rank 1: OSError: no weights"
+    assert first["raised"] == "PeerFailed: rank 1: OSError: no weights"
     assert second["raised"] == "OSError: no weights"
 
 

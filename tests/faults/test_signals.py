@@ -1,85 +1,17 @@
 """SIGTERM and SIGINT under real torchrun: all ranks finish the step together, write a checkpoint, and can go on."""
 
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from distributed.checkpoint import list_checkpoints, what_is_broken
-from tests.test_train import PROGRAM, flags
-
-LIMIT = 90.0  # seconds, until a run has got somewhere
-TOO_MANY = "100000"  # steps: more than any test waits for
+from tests.faults.job import TOO_MANY
 
 
-class Started:
-    """The program on two ranks, in the background."""
-
-    def __init__(self, teacher: Path, folder: Path, *more: str) -> None:
-        self.folder = folder
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", PROGRAM]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-        given = flags(teacher, folder, "--score", "none", *more)
-        given[given.index("--num_steps") + 1] = TOO_MANY
-        self.said = open(folder.parent / "said.txt", "w+")  # noqa: SIM115
-        self.process = subprocess.Popen([sys.executable, *command, *given], stdout=self.said, stderr=self.said, env=env)
-
-    def wait_for(self, ready) -> None:
-        deadline = time.monotonic() + LIMIT
-        while not ready():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.words()
-            time.sleep(0.05)
-
-    def rows(self) -> list[dict]:
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-
-    def ranks(self) -> list[int]:
-        """Their process ids."""
-        pid = self.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-    def words(self) -> str:
-        self.said.seek(0)
-        return self.said.read()
-
-    def end(self, within: float = 30.0) -> int:
-        """The exit code."""
-        try:
-            return self.process.wait(within)
-        finally:
-            self.process.kill()
-
-
-@pytest.fixture
-def start(random_pipeline_dir, tmp_path):
-    started = []
-
-    def start(*more: str, folder="out") -> Started:
-        started.append(Started(random_pipeline_dir, tmp_path / folder, *more))
-        return started[-1]
-
-    yield start
-    for each in started:
-        for pid in each.ranks() if each.process.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
-        each.process.kill()
-
-
-def is_linux() -> bool:
-    return Path("/proc/self/task").exists()
-
-
-pytestmark = [pytest.mark.torchrun, pytest.mark.skipif(not is_linux(), reason="finds the ranks by /proc")]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(number, start):
     run = start("--steps_per_epoch", TOO_MANY)
     run.wait_for(lambda: len(run.rows()) > 2)
@@ -102,6 +34,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(number, start):
     assert steps == list(range(1, len(steps) + 1)), "each step is logged once"
 
 
+@pytest.mark.long
 def test_torchrun_hands_a_signal_on_and_all_ranks_stop_in_time(start):
     run = start("--steps_per_epoch", TOO_MANY)
     run.wait_for(lambda: len(run.rows()) > 1)
@@ -133,3 +66,34 @@ def test_a_signal_while_prompts_are_encoded(start, tmp_path):
     os.kill(run.ranks()[1], signal.SIGTERM)
     assert run.end() == 0, run.words()
     assert re.search("stopped; to go on", run.words()) and not (run.folder / "checkpoints").exists()
+
+
+long = pytest.mark.long
+
+
+@long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_ranks_import(number, start):
+    run = start()
+    run.wait_for(lambda: len(run.ranks()) == 2)
+    time.sleep(1)
+    run.process.send_signal(number)
+    assert run.end() != 0, run.words()
+    assert not run.processes() and not run.folder.exists()
+
+
+@long
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_one_rank_before_the_group_exists_ends_the_job(number, start):
+    run = start(fault=f"{number} group 1")
+    assert run.end_of_fault() != 0 and not run.folder.exists()
+    words = run.words() if number == "SIGINT" else run.root_cause()
+    assert ("stopped before anything was begun" if number == "SIGINT" else "Signal 15 (SIGTERM)") in words, run.words()
+
+
+@pytest.mark.parametrize("where", ["loading", pytest.param("start", marks=long)])
+def test_a_signal_to_one_rank_before_the_first_step_stops_all(where, start):
+    run = start(fault=f"SIGTERM {where} 1")
+    assert run.end_of_fault() == 0, run.words()
+    assert "stopped; to go on: torchrun --nproc_per_node=2 " in run.words() and not run.rows()
+    assert not (run.folder / "checkpoints").exists()
