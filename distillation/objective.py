@@ -26,6 +26,7 @@ class Setup:
     grid: the one that the student ships with; `shift` shaped it.
     network: the student's own, not wrapped: to be copied, never trained through.
     as_field: (network, dtype of its inputs) → its velocity field, in the precision that training computes in.
+    dtype: of the student's inputs.
     first_step: of the phase, counted over the whole run.
     """
 
@@ -35,12 +36,13 @@ class Setup:
     shift: float
     network: nn.Module | None = None
     as_field: Callable[[nn.Module, torch.dtype], VelocityField] = lambda network, dtype: network
+    dtype: torch.dtype = torch.float32
     first_step: int = 0
 
     def frozen_student(self) -> tuple[nn.Module, VelocityField]:
         """A copy of the student as it is now, and its velocity field."""
         network = copy.deepcopy(self.network).requires_grad_(False).eval()
-        return network, self.as_field(network, torch.float32)
+        return network, self.as_field(network, self.dtype)
 
 
 class Noise:

@@ -171,7 +171,7 @@ def test_a_failing_export_leaves_the_earlier_one(random_single_pipeline_dir, tmp
     export_student(student, few_step_scheduler(), teacher, target, card_of(teacher))
     before = {path: path.stat().st_ino for path in target.rglob("*")}
 
-    def full(card):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("models.export.model_card", full)

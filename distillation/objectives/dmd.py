@@ -36,7 +36,7 @@ from models.flow import (
     unshift_time,
     velocity_to_x0,
 )
-from models.scores import fake_scores, remove_adapters, trained_parameters
+from models.scores import fake_scores, remove_fake_adapters, trained_parameters
 from sampling.ddim import ddim_step, rollout
 
 SCORE_TIMES = (0.02, 0.98)  # before the shift; high noise must be among them
@@ -104,7 +104,7 @@ class Objective(objective.Objective):
         return 16 * trained_parameters(experts, settings.fake_score, settings.fake_lora_rank)
 
     def close(self) -> None:
-        remove_adapters(self.setup.teacher)
+        remove_fake_adapters(self.setup.teacher)
 
     def use(self, wrapped: dict[str, nn.Module]) -> None:
         for (name, network), expert in zip(wrapped.items(), self.setup.teacher.experts, strict=True):
