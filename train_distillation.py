@@ -57,6 +57,7 @@ from distributed.process_group import (
 from distributed.sharding import wrap
 from distributed.stop import Stopped, StopSignal
 from models.adapters import Adapted
+from models.compiling import compile_blocks
 from models.export import StudentCard, check_export_target, export_lora, export_student, inspect_student, load_student
 from models.flow import VelocityField, few_step_grid, few_step_scheduler
 from models.folding import MAX_SEQUENCE_LENGTH, fold_text_attention
@@ -154,6 +155,8 @@ def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) ->
     teacher_device = torch.device("cpu") if config.teacher.teacher_device_strategy == "cpu" else ranks.device
     teacher = load_teacher(plan.info, teacher_device, plan.dtype, text[len(all_prompts) - 1], *plan.guidance)
     student = make_student(config, plan, teacher, ranks)
+    if config.optimization.compile:
+        compile_blocks(student, *(expert.field.transformer for expert in teacher.experts))
     wrapped = wrap(student, ranks)
     barrier()  # all ranks: the first all-reduce is not started while a slower rank still reads weights
     stop.check()
@@ -262,6 +265,8 @@ def train_phase(run: Run, number: int, phase: Phase, resumed: Resumed | None) ->
     for name, network in objective.networks().items():
         if settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+        if settings.compile:
+            compile_blocks(network)
         rate = objective.learning_rate(name, phase.learning_rate)
         trained[name] = Trained(network, settings, phase, ranks, learning_rate=rate)
     objective.use({name: network.wrapped for name, network in trained.items() if name != "student"})

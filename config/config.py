@@ -136,6 +136,8 @@ class OptimizationConfig:
     adam_beta2: float = setting(0.999, "AdamW", bound=BELOW_ONE)
     adam_weight_decay: float = setting(0.01, "AdamW", bound=NOT_NEGATIVE)
     adam_epsilon: float = setting(1e-8, "AdamW", bound=POSITIVE)
+    use_8bit_adam: bool = setting(False, "AdamW's moments in 8 bits, by bitsandbytes; needs a GPU")
+    compile: bool = setting(False, "compile the blocks of student and teacher: faster steps after a slow first one")
     mixed_precision: str = setting("no", "alone: bf16", choices=("no", "fp16", "bf16"), bare="bf16")
     max_nonfinite_steps: int = setting(
         20,

@@ -122,9 +122,9 @@ class Objective:
         the phase. Called for all phases before weights are loaded."""
 
     @staticmethod
-    def extra_bytes(settings, student: nn.Module, experts: list[nn.Module]) -> int:
-        """What the objective holds besides student and teacher, which are on the meta device: weights, and 16 bytes a
-        trained parameter."""
+    def extra_bytes(settings, student: nn.Module, experts: list[nn.Module], trained_bytes: int) -> int:
+        """What the objective holds besides student and teacher, which are on the meta device: weights, and
+        `trained_bytes` a trained parameter."""
         return 0
 
     def use(self, wrapped: dict[str, nn.Module]) -> None:
@@ -233,10 +233,10 @@ def trains_experts(name: str) -> bool:
     return _file_of(name).Objective.trains_experts
 
 
-def extra_bytes(name: str, settings: dict, student: nn.Module, experts: list[nn.Module]) -> int:
+def extra_bytes(name: str, settings: dict, student: nn.Module, experts: list[nn.Module], trained_bytes: int) -> int:
     """What an objective holds besides student and teacher."""
     file = _file_of(name)
-    return file.Objective.extra_bytes(file.Settings(**settings), student, experts)
+    return file.Objective.extra_bytes(file.Settings(**settings), student, experts, trained_bytes)
 
 
 def build_objective(name: str, setup: Setup, settings: dict) -> Objective:

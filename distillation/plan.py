@@ -1,5 +1,6 @@
 """What follows from the flags and the config files, before any weight is loaded."""
 
+import importlib.util
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from data.prompts import holds_half_character, read_prompts
 from distillation.objective import check_objective, extra_bytes, trains_experts
 from distributed.process_group import Ranks
 from models.adapters import Adapted
+from models.compiling import check_compiler
 from models.flow import TimeGrid, few_step_grid
 from models.student import StudentSpec, read_student_config
 from models.teacher import TeacherInfo, check_weights, default_guidance, inspect_teacher, resolve_dtype
@@ -71,6 +73,10 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
     settings = config.optimization
     if settings.mixed_precision == "fp16" and ranks.device.type == "cpu":
         raise UserError("--mixed_precision fp16: a CPU cannot train in fp16; accepted here: no, bf16")
+    if settings.use_8bit_adam:
+        check_8bit_adam(ranks.device)
+    if settings.compile:
+        check_compiler(ranks.device)
     info = inspect_teacher(config.teacher.teacher_path, config.teacher.teacher_revision, config.teacher.flow_shift)
     check_weights(info)
     if config.teacher.guidance_scale_2 is not None and info.boundary_ratio is None:
@@ -123,6 +129,13 @@ def check_phases(phases: tuple[Phase, ...], config: Config) -> None:
             )
 
 
+def check_8bit_adam(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise UserError(f"--use_8bit_adam: needs an NVIDIA GPU, and this run is on {device.type}; leave it out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--use_8bit_adam: bitsandbytes is not installed; pip install bitsandbytes, or leave it out")
+
+
 def check_is_teacher(spec: StudentSpec, info: TeacherInfo, config: Config) -> None:
     """Raises UserError where a student that is to be a LoRA on the teacher is smaller than the teacher."""
     teacher = info.transformer_configs[spec.init_from]
@@ -145,12 +158,15 @@ def memory_needed(config: Config, info: TeacherInfo, spec: StudentSpec, dtype: t
     def billions(*networks: WanTransformer3DModel) -> float:
         return sum(p.numel() for network in networks for p in network.parameters()) / 1e9
 
-    # Float32 weights, gradients, and AdamW's two moments; the average is one more copy of the weights.
+    # Float32 weights, gradients, and AdamW's two moments, in 8 bits on demand; the average is one more copy.
+    trained_bytes = 10 if config.optimization.use_8bit_adam else 16
     name = "student's LoRA and AdamW" if config.student.lora_rank else "student and AdamW"
-    needed = {name: billions(student) * (20 if config.optimization.use_ema else 16)}
+    needed = {name: billions(student) * (trained_bytes + (4 if config.optimization.use_ema else 0))}
     if config.teacher.teacher_device_strategy != "cpu":
         needed["teacher"] = billions(*experts) * dtype.itemsize
-    extra = [(extra_bytes(p.objective, p.settings, student, experts), p.objective) for p in config.phases]
+    extra = [
+        (extra_bytes(p.objective, p.settings, student, experts, trained_bytes), p.objective) for p in config.phases
+    ]
     largest, objective = max(extra)  # phases come one after the other
     return needed | ({f"{objective}'s own networks": largest / 1e9} if largest else {})
 

@@ -9,6 +9,7 @@ import torch
 from data.prompt_embeddings import Batch
 from distillation.objective import Noise, Setup, build_objective
 from models.adapters import Adapted, remove_adapters
+from models.compiling import compile_blocks
 from models.flow import few_step_grid
 from models.folding import fold_text
 from models.scores import fake_scores
@@ -197,3 +198,32 @@ def test_merged_weights_compute_the_same(teacher, asked):
     merged.load_state_dict({state[key]: weight for key, weight in weights.items()})
     torch.testing.assert_close(WanVelocity(merged)(*asked), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(WanVelocity(student)(*asked), expected)
+
+
+def test_compiled_blocks_compute_the_same_with_each_one_s_adapters(teacher, asked):
+    """By a backend that needs no C++ compiler; what is traced, and when anew, is the same."""
+    student, fake = student_of(teacher, moved=True), fake_scores(teacher, "lora", rank=2)["fake_score_2"]
+    move(fake, 2)
+    for network in (student, fake):
+        network.enable_gradient_checkpointing()
+
+    def answers() -> list[torch.Tensor]:
+        found = [teacher(*asked), teacher.conditional(*asked)]
+        for trained in (student, fake):
+            velocity = WanVelocity(trained)(*asked)
+            teacher(*asked)
+            velocity.square().mean().backward()
+            found += [velocity.detach(), *(parameter.grad for parameter in trained.parameters())]
+            trained.zero_grad()
+            with torch.no_grad():
+                found.append(WanVelocity(trained)(*asked))
+        return found
+
+    expected = answers()
+    compile_blocks(student, *(expert.field.transformer for expert in teacher.experts), backend="aot_eager")
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for _ in range(2):
+        for plain, compiled in zip(expected, answers(), strict=True):
+            torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] > 3 and not counters["graph_break"]

@@ -100,8 +100,8 @@ class Objective(objective.Objective):
             )
 
     @staticmethod
-    def extra_bytes(settings: Settings, student: nn.Module, experts: list[nn.Module]) -> int:
-        return 16 * trained_parameters(experts, settings.fake_score, settings.fake_lora_rank)
+    def extra_bytes(settings: Settings, student: nn.Module, experts: list[nn.Module], trained_bytes: int) -> int:
+        return trained_bytes * trained_parameters(experts, settings.fake_score, settings.fake_lora_rank)
 
     def close(self) -> None:
         remove_fake_adapters(self.setup.teacher)
