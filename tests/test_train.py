@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from PIL import Image
 from config.config import load_config
 from config.errors import UserError
 from distillation.objective import settings_of
-from distillation.plan import check_memory, describe, make_plan, memory_needed
+from distillation.plan import check_8bit_adam, check_memory, describe, make_plan, memory_needed
 from distributed.process_group import Ranks
 from tests.test_review import row_of
 from train_distillation import begin_run
@@ -318,6 +319,35 @@ def test_a_lora_counts_what_it_trains_and_the_base_once(random_pipeline_dir, tmp
     assert "LoRA of rank 4 on the teacher's transformer_2" in describe(plan, config, RANKS)
     config, plan = plan_of([*flags(random_pipeline_dir, tmp_path / "out"), "--rank", "4", "--objective", "consistency"])
     assert plan.memory == pytest.approx(expected | {"consistency's own networks": 4e-9 * trained})
+
+
+def test_8_bit_adam_is_refused_without_a_gpu_or_its_package(random_pipeline_dir, tmp_path, monkeypatch):
+    given = [*flags(random_pipeline_dir, tmp_path / "out"), "--use_8bit_adam"]
+    with pytest.raises(UserError, match="--use_8bit_adam: needs an NVIDIA GPU, and this run is on cpu"):
+        plan_of(given)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    with pytest.raises(UserError, match="--use_8bit_adam: bitsandbytes is not installed; pip install bitsandbytes"):
+        check_8bit_adam(torch.device("cuda"))
+
+
+def test_8_bit_adam_takes_less_memory(random_pipeline_dir, tmp_path):
+    config, plan = plan_of(
+        [*flags(random_pipeline_dir, tmp_path / "out"), "--objective", "dmd", "--fake_score", "full"]
+    )
+    half = replace(config, optimization=replace(config.optimization, use_8bit_adam=True))
+    needed = memory_needed(half, plan.info, plan.spec, plan.dtype)
+    for part in ("student and AdamW", "dmd's own networks"):
+        assert needed[part] == pytest.approx(plan.memory[part] * 10 / 16)
+    assert needed["teacher"] == plan.memory["teacher"]
+
+
+def test_compile_without_a_compiler_is_a_mistake_that_is_named(random_pipeline_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    done = run(PROGRAM, *flags(random_pipeline_dir, tmp_path / "out", "--compile"))
+    assert done.returncode == 2, done.stderr
+    assert "error: --compile: torch.compile does not work here" in done.stderr
+    assert "/no/such/compiler" in done.stderr and "needs a C++ compiler such as g++" in done.stderr
 
 
 def test_a_smaller_student_is_no_lora(random_pipeline_dir, tmp_path):
