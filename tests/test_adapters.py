@@ -5,15 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from data.prompt_embeddings import Batch
 from distillation.objective import Noise, Setup, build_objective
+from distributed.process_group import Ranks
+from distributed.sharding import wrap
 from models.adapters import Adapted, remove_adapters
 from models.compiling import compile_blocks
 from models.flow import few_step_grid
 from models.folding import fold_text
 from models.scores import fake_scores
 from models.teacher import WanVelocity, inspect_teacher, load_teacher
+from tests.conftest import TEXT_DIM, TRANSFORMER
+from tests.ranks import run_ranks
 
 TINY = Path(__file__).parents[1] / "models" / "tiny_wan"
 
@@ -227,3 +234,34 @@ def test_compiled_blocks_compute_the_same_with_each_one_s_adapters(teacher, aske
         for plain, compiled in zip(expected, answers(), strict=True):
             torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] > 3 and not counters["graph_break"]
+
+
+def _over_a_base(ranks: Ranks, sharded: bool) -> list[torch.Tensor]:
+    """On one of two ranks: the bare base's answer, the student's, and the gradients of its adapters."""
+    torch.manual_seed(0)
+    base = WanTransformer3DModel(**TRANSFORMER).requires_grad_(False).eval()
+    if sharded:
+        mesh = init_device_mesh("cpu", (ranks.world_size,))
+        for part in (*base.blocks, base):
+            fully_shard(part, mesh=mesh)
+    student = Adapted(base, "student", rank=2)
+    move(student, 1)
+    student.enable_gradient_checkpointing()
+    generator = torch.Generator().manual_seed(ranks.rank)
+    x, text = torch.randn(2, 16, 1, 4, 4, generator=generator), torch.randn(2, 5, TEXT_DIM, generator=generator)
+    asked, as_tuple = (x, torch.tensor([900.0, 100.0]), text), {"return_dict": False}
+    velocity = wrap(student, ranks)(*asked, **as_tuple)[0]
+    with torch.no_grad():
+        bare = base(*asked, **as_tuple)[0]
+    velocity.square().mean().backward()
+    return [bare, velocity.detach(), *(parameter.grad for parameter in student.parameters())]
+
+
+def _whole_and_sharded(ranks: Ranks) -> float:
+    answers = zip(_over_a_base(ranks, False), _over_a_base(ranks, True), strict=True)
+    return max((whole - sharded).abs().max().item() for whole, sharded in answers)
+
+
+def test_adapters_train_over_a_base_that_is_sharded():
+    """FSDP2 holds the base, DDP the adapters; neither knows of the other."""
+    assert max(run_ranks(_whole_and_sharded, 2)) < 1e-6
