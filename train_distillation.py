@@ -57,7 +57,9 @@ from distributed.process_group import (
 )
 from distributed.sharding import wrap
 from distributed.stop import Stopped, StopSignal
-from models.export import DRAWING_FILE, StudentCard, check_export_target, export_student
+from models.adapters import Adapted
+from models.compiling import compile_blocks
+from models.export import StudentCard, check_export_target, export_lora, export_student, inspect_student, load_student
 from models.flow import VelocityField, few_step_grid, few_step_scheduler
 from models.folding import MAX_SEQUENCE_LENGTH, fold_text_attention
 from models.student import build_student, check_pixels, describe_init
@@ -65,13 +67,10 @@ from models.teacher import (
     Teacher,
     TeacherInfo,
     WanVelocity,
-    check_weights,
     download_weights,
     encode_text,
-    inspect_teacher,
     load_teacher,
     load_text_pipeline,
-    load_transformer,
     resolve_dtype,
 )
 from models.vae import load_vae
@@ -167,15 +166,19 @@ def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) ->
     teacher_device = torch.device("cpu") if config.teacher.teacher_device_strategy == "cpu" else ranks.device
     teacher = load_teacher(plan.info, teacher_device, plan.dtype, text[len(all_prompts) - 1], *plan.guidance)
     student = make_student(config, plan, teacher, ranks)
+    if config.optimization.compile:
+        compile_blocks(student, *(expert.field.transformer for expert in teacher.experts))
     wrapped = wrap(student, ranks)
     barrier()  # all ranks: the first all-reduce is not started while a slower rank still reads weights
     stop.check()
 
     expand, autocast = plan.info.expand_timesteps, PRECISION[config.optimization.mixed_precision]
 
+    student_dtype = plan.dtype if config.student.lora_rank else torch.float32  # a LoRA's inputs are its teacher's
+
     # Training goes through the wrapper, pictures through the bare module: a wrapper's forward may be a collective,
     # and the ranks draw unequal shares.
-    def as_field(network: torch.nn.Module, dtype: torch.dtype = torch.float32) -> WanVelocity:
+    def as_field(network: torch.nn.Module, dtype: torch.dtype) -> WanVelocity:
         return WanVelocity(network, expand, dtype, autocast)
 
     sampler = None
@@ -191,7 +194,7 @@ def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) ->
         config=config,
         plan=plan,
         ranks=ranks,
-        setup=Setup(teacher, as_field(wrapped), plan.grid, plan.shift, student, as_field),
+        setup=Setup(teacher, as_field(wrapped, student_dtype), plan.grid, plan.shift, student, as_field, student_dtype),
         wrapped=wrapped,
         ema=EMA(student, settings.ema_decay) if settings.use_ema else None,
         text=text,
@@ -271,6 +274,10 @@ def train_phase(run: Run, number: int, phase: Phase, resumed: Resumed | None) ->
     student_steps = phase.steps - objective.steps_without_student()
     trained = {"student": Trained(run.setup.network, settings, phase, ranks, run.wrapped, steps=student_steps)}
     for name, network in objective.networks().items():
+        if settings.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        if settings.compile:
+            compile_blocks(network)
         rate = objective.learning_rate(name, phase.learning_rate)
         trained[name] = Trained(network, settings, phase, ranks, learning_rate=rate)
     objective.use({name: network.wrapped for name, network in trained.items() if name != "student"})
@@ -288,7 +295,7 @@ def train_phase(run: Run, number: int, phase: Phase, resumed: Resumed | None) ->
             return
         with run.progress.paused(), run.shipped_weights():
             round_ = student_round(run.config, plan, run.step, number)
-            student = run.setup.as_field(run.setup.network, torch.float32)
+            student = run.setup.as_field(run.setup.network, run.setup.dtype)
             draw(run.sampler, round_, student, run.sample_text, run.trackers)
 
     if resumed:
@@ -422,14 +429,21 @@ def encode_all(
     return text
 
 
-def make_student(config: Config, plan: Plan, teacher: Teacher, ranks: Ranks) -> WanTransformer3DModel:
-    """The student in float32 on the rank's device, made from the teacher's weights; says what came from where."""
+def make_student(config: Config, plan: Plan, teacher: Teacher, ranks: Ranks) -> WanTransformer3DModel | Adapted:
+    """The student in float32 on the rank's device, made from the teacher's weights; says what came from where. With
+    --lora_rank, adapters on the teacher's own expert."""
     source = teacher.experts[list(plan.info.transformer_configs).index(plan.spec.init_from)].field.transformer
-    student, rows = build_student(plan.spec, source, torch.float32)
-    say(ranks, describe_init(rows))
+    if config.student.lora_rank:
+        student = Adapted(source, "student", config.student.lora_rank, config.student.lora_alpha)
+        trained, frozen = (sum(p.numel() for p in network.parameters()) for network in (student, source))
+        say(ranks, f"{trained:,} parameters of adapters on the {frozen - trained:,} of {plan.spec.init_from}, shared")
+    else:
+        student, rows = build_student(plan.spec, source, torch.float32)
+        say(ranks, describe_init(rows))
+        student = fold_text_attention(student).to(ranks.device).train()
     if config.optimization.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    return fold_text_attention(student).to(ranks.device).train()
+    return student
 
 
 def make_sampler(
@@ -501,24 +515,20 @@ def draw(
 
 def draw_from_student(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) -> None:
     """--sample_only: pictures from a finished student's pipeline, on any number of ranks."""
-    info = inspect_teacher(config.student.student_path, flow_shift=config.student.student_shift, flag="--student_path")
-    if info.boundary_ratio is not None:
-        raise UserError(f"--student_path {info.name}: has two experts; accepted is a student's pipeline")
-    check_weights(info, flag="--student_path")
+    path, teacher = config.student.student_path, config.teacher
+    info, drawing = inspect_student(path, config.student.student_shift, teacher.teacher_path, teacher.teacher_revision)
     prompts = read_sample_prompts(config)
     check_scorers(config.scoring)
-    drawing = json.loads((info.folder / DRAWING_FILE).read_text()) if (info.folder / DRAWING_FILE).exists() else {}
     height, width = config.student.height or drawing.get("height"), config.student.width or drawing.get("width")
     if not height or not width:
-        raise UserError(f"--student_path {info.name}: has no {DRAWING_FILE}; give --height and --width in pixels")
+        raise UserError(f"--student_path {path}: has no distillation.json; give --height and --width in pixels")
     for flag, pixels in {"--height": height, "--width": width}.items():
         check_pixels(flag, pixels, info.pixels_per_patch)
     num_steps = config.sampling.sample_steps or drawing.get("num_inference_steps") or PLAIN_DDIM_STEPS
     trackers.start(config.to_dict())
     dtype = resolve_dtype(config.teacher.teacher_dtype, ranks.device)
     text = encode_all(config, info, prompts, dtype, ranks, stop)
-    transformer = load_transformer(info.folder, "transformer", dtype).to(ranks.device)
-    field = WanVelocity(transformer, info.expand_timesteps, dtype)
+    field = WanVelocity(load_student(path, info, drawing, dtype).to(ranks.device), info.expand_timesteps, dtype)
     round_ = Round(
         prompts=tuple(prompts),
         epoch=0,
@@ -627,9 +637,9 @@ def versions() -> dict[str, str]:
 
 
 def export(
-    config: Config, plan: Plan, student: WanTransformer3DModel, step: int, phases: list[str], ranks: Ranks
+    config: Config, plan: Plan, student: WanTransformer3DModel | Adapted, step: int, phases: list[str], ranks: Ranks
 ) -> None:
-    """The student as a Diffusers pipeline in output_dir/student. Rank 0 only; no collective.
+    """The student as a Diffusers pipeline, or as a LoRA, in output_dir/student. Rank 0 only; no collective.
 
     Args:
         phases: those behind it, in words.
@@ -638,6 +648,7 @@ def export(
     settings = {name: value for section in sections for name, value in section.items()} | plan.resolved()
     for name in ("num_steps", *(setting.name for setting in PHASE_SETTINGS)):  # each phase has its own
         settings.pop(name, None)
+    as_lora = config.student.lora_rank and not config.student.merge_lora
     card = StudentCard(
         teacher=plan.info.name,
         command=[*launcher(ranks), *sys.argv],
@@ -648,10 +659,15 @@ def export(
         width=plan.spec.width,
         weights="ema" if config.optimization.use_ema else "raw",
         settings=settings,
+        lora_on=plan.spec.init_from if as_lora else None,
     )
     dtype = PRECISION[config.optimization.mixed_precision] or torch.float32
     folder = Path(config.run.output_dir) / "student"
-    export_student(student, few_step_scheduler(plan.shift), plan.info.folder, folder, card, dtype)
+    scheduler = few_step_scheduler(plan.shift)
+    if as_lora:
+        export_lora(student, scheduler, plan.info.folder, folder, card)
+    else:
+        export_student(student, scheduler, plan.info.folder, folder, card, dtype)
 
 
 def launcher(ranks: Ranks) -> list[str]:

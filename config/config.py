@@ -73,10 +73,20 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The student: a Wan transformer of its own."""
+    """The student: a Wan transformer of its own, or a LoRA on the teacher's."""
 
     student_config: str | None = setting(None, "JSON file; by default a copy of the teacher's low-noise expert")
     student_path: str | None = setting(None, "a finished student's pipeline, for --sample_only")
+    lora_rank: int = setting(
+        0,
+        "train adapters of this rank on the teacher itself; 0: a student of its own",
+        aliases=("rank",),
+        bound=NOT_NEGATIVE,
+    )
+    lora_alpha: float | None = setting(
+        None, "adapters weigh lora_alpha / lora_rank (default: lora_rank)", bound=POSITIVE
+    )
+    merge_lora: bool = setting(False, "export the whole student, its adapters merged, instead of a LoRA")
     student_steps: int = setting(4, "steps in which the student draws", bound=SCHEDULE)
     student_shift: float | None = setting(None, "shift of its timesteps; by default the teacher's", bound=POSITIVE)
     height: int | None = setting(None, "pixels, instead of the student config's", bound=AT_LEAST_ONE)
@@ -127,6 +137,8 @@ class OptimizationConfig:
     adam_beta2: float = setting(0.999, "AdamW", bound=BELOW_ONE)
     adam_weight_decay: float = setting(0.01, "AdamW", bound=NOT_NEGATIVE)
     adam_epsilon: float = setting(1e-8, "AdamW", bound=POSITIVE)
+    use_8bit_adam: bool = setting(False, "AdamW's moments in 8 bits, by bitsandbytes; needs a GPU")
+    compile: bool = setting(False, "compile the blocks of student and teacher: faster steps after a slow first one")
     mixed_precision: str = setting("no", "alone: bf16", choices=("no", "fp16", "bf16"), bare="bf16")
     max_nonfinite_steps: int = setting(
         20,
@@ -436,6 +448,9 @@ def require(config: Config, given: dict[str, Given]) -> None:
     if (sampling.save_samples or sampling.sample_only) and not sampling.sample_prompts:
         which = "--sample_only" if sampling.sample_only else "--save_samples"
         raise UserError(f'--sample_prompts is missing: {which} needs prompts, e.g. --sample_prompts "A cat" "A dog"')
+    for name in ("lora_alpha", "merge_lora"):
+        if getattr(config.student, name) and not config.student.lora_rank:
+            raise UserError(f"{given[name].source}: there is no LoRA; give --lora_rank too, e.g. --lora_rank 64")
     if sampling.sampler == "renoise" and sampling.sample_eta:
         raise UserError(f"{given['sample_eta'].source}: is for --sampler ddim; renoise adds all the noise there is")
     deadline, timeout = config.scoring.score_deadline, config.run.ddp_timeout
@@ -448,6 +463,11 @@ def require(config: Config, given: dict[str, Given]) -> None:
         raise UserError(f"{given['score'].source}: none stands alone")
     if "none" in config.run.report_to and len(config.run.report_to) > 1:
         raise UserError(f"{given['report_to'].source}: none stands alone")
+    if config.student.lora_rank and config.teacher.teacher_device_strategy == "cpu":
+        raise UserError(
+            f"{given['teacher_device_strategy'].source}: keeps the teacher off the GPU, and --lora_rank trains on it; "
+            "accepted: auto, replicate"
+        )
     files = {
         "data_path": (config.data.data_path, "a .txt or .jsonl file of prompts"),
         "student_config": (config.student.student_config, "a JSON file"),

@@ -26,6 +26,7 @@ class Setup:
     grid: the one that the student ships with; `shift` shaped it.
     network: the student's own, not wrapped: to be copied, never trained through.
     as_field: (network, dtype of its inputs) → its velocity field, in the precision that training computes in.
+    dtype: of the student's inputs.
     first_step: of the phase, counted over the whole run.
     """
 
@@ -35,12 +36,13 @@ class Setup:
     shift: float
     network: nn.Module | None = None
     as_field: Callable[[nn.Module, torch.dtype], VelocityField] = lambda network, dtype: network
+    dtype: torch.dtype = torch.float32
     first_step: int = 0
 
     def frozen_student(self) -> tuple[nn.Module, VelocityField]:
         """A copy of the student as it is now, and its velocity field."""
         network = copy.deepcopy(self.network).requires_grad_(False).eval()
-        return network, self.as_field(network, torch.float32)
+        return network, self.as_field(network, self.dtype)
 
 
 class Noise:
@@ -120,9 +122,9 @@ class Objective:
         the phase. Called for all phases before weights are loaded."""
 
     @staticmethod
-    def extra_bytes(settings, student: nn.Module, experts: list[nn.Module]) -> int:
-        """What the objective holds besides student and teacher, which are on the meta device: weights, and 16 bytes a
-        trained parameter."""
+    def extra_bytes(settings, student: nn.Module, experts: list[nn.Module], trained_bytes: int) -> int:
+        """What the objective holds besides student and teacher, which are on the meta device: weights, and
+        `trained_bytes` a trained parameter."""
         return 0
 
     def use(self, wrapped: dict[str, nn.Module]) -> None:
@@ -233,10 +235,10 @@ def trains_experts(name: str) -> bool:
     return _file_of(name).Objective.trains_experts
 
 
-def extra_bytes(name: str, settings: dict, student: nn.Module, experts: list[nn.Module]) -> int:
+def extra_bytes(name: str, settings: dict, student: nn.Module, experts: list[nn.Module], trained_bytes: int) -> int:
     """What an objective holds besides student and teacher."""
     file = _file_of(name)
-    return file.Objective.extra_bytes(file.Settings(**settings), student, experts)
+    return file.Objective.extra_bytes(file.Settings(**settings), student, experts, trained_bytes)
 
 
 def build_objective(name: str, setup: Setup, settings: dict) -> Objective:

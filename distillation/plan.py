@@ -1,6 +1,7 @@
 """What follows from the flags and the config files, before any weight is loaded."""
 
 import hashlib
+import importlib.util
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from config.errors import UserError
 from data.prompts import holds_half_character, read_prompts
 from distillation.objective import check_objective, extra_bytes, trains_experts
 from distributed.process_group import Ranks
+from models.adapters import Adapted
+from models.compiling import check_compiler
 from models.flow import TimeGrid, few_step_grid
 from models.student import StudentSpec, read_student_config
 from models.teacher import TeacherInfo, check_weights, default_guidance, inspect_teacher, resolve_dtype
@@ -84,6 +87,10 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
     settings = config.optimization
     if settings.mixed_precision == "fp16" and ranks.device.type == "cpu":
         raise UserError("--mixed_precision fp16: a CPU cannot train in fp16; accepted here: no, bf16")
+    if settings.use_8bit_adam:
+        check_8bit_adam(ranks.device)
+    if settings.compile:
+        check_compiler(ranks.device)
     info = inspect_teacher(config.teacher.teacher_path, config.teacher.teacher_revision, config.teacher.flow_shift)
     check_weights(info)
     if config.teacher.guidance_scale_2 is not None and info.boundary_ratio is None:
@@ -99,6 +106,8 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
         phases = (replace(phases[0], steps=total_steps),)
     check_phases(phases, config)
     spec, dtype = read_spec(config, info), resolve_dtype(config.teacher.teacher_dtype, ranks.device)
+    if config.student.lora_rank:
+        check_is_teacher(spec, info, config)
     memory = memory_needed(config, info, spec, dtype)
     check_memory(memory, info, ranks.device)
     return Plan(
@@ -134,20 +143,44 @@ def check_phases(phases: tuple[Phase, ...], config: Config) -> None:
             )
 
 
+def check_8bit_adam(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise UserError(f"--use_8bit_adam: needs an NVIDIA GPU, and this run is on {device.type}; leave it out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--use_8bit_adam: bitsandbytes is not installed; pip install bitsandbytes, or leave it out")
+
+
+def check_is_teacher(spec: StudentSpec, info: TeacherInfo, config: Config) -> None:
+    """Raises UserError where a student that is to be a LoRA on the teacher is smaller than the teacher."""
+    teacher = info.transformer_configs[spec.init_from]
+    for key, value in spec.transformer_config.items():
+        if value != teacher.get(key, value):
+            raise UserError(
+                f"--student_config {config.student.student_config}: {key} is {value}, the teacher's is {teacher[key]}; "
+                f"with --lora_rank the student is the teacher itself: leave {key} out, or train without --lora_rank"
+            )
+
+
 def memory_needed(config: Config, info: TeacherInfo, spec: StudentSpec, dtype: torch.dtype) -> dict[str, float]:
     """GB (10⁹ bytes) that each rank's device must hold, by part. Without activations and text: a lower bound."""
     with torch.device("meta"):
         student = WanTransformer3DModel.from_config(spec.transformer_config)
+        if config.student.lora_rank:
+            student = Adapted(student, "student", config.student.lora_rank)  # what it stands on is counted as teacher
         experts = [WanTransformer3DModel.from_config(c) for c in info.transformer_configs.values()]
 
     def billions(*networks: WanTransformer3DModel) -> float:
         return sum(p.numel() for network in networks for p in network.parameters()) / 1e9
 
-    # Float32 weights, gradients, and AdamW's two moments; the average is one more copy of the weights.
-    needed = {"student and AdamW": billions(student) * (20 if config.optimization.use_ema else 16)}
+    # Float32 weights, gradients, and AdamW's two moments, in 8 bits on demand; the average is one more copy.
+    trained_bytes = 10 if config.optimization.use_8bit_adam else 16
+    name = "student's LoRA and AdamW" if config.student.lora_rank else "student and AdamW"
+    needed = {name: billions(student) * (trained_bytes + (4 if config.optimization.use_ema else 0))}
     if config.teacher.teacher_device_strategy != "cpu":
         needed["teacher"] = billions(*experts) * dtype.itemsize
-    extra = [(extra_bytes(p.objective, p.settings, student, experts), p.objective) for p in config.phases]
+    extra = [
+        (extra_bytes(p.objective, p.settings, student, experts, trained_bytes), p.objective) for p in config.phases
+    ]
     largest, objective = max(extra)  # phases come one after the other
     return needed | ({f"{objective}'s own networks": largest / 1e9} if largest else {})
 
@@ -201,13 +234,15 @@ def describe(plan: Plan, config: Config, ranks: Ranks) -> str:
     student = plan.spec.transformer_config
     w = "/".join(f"{scale:g}" for scale in plan.guidance[: len(info.transformer_configs)])
     width = student["num_attention_heads"] * student["attention_head_dim"]
+    rank = config.student.lora_rank
+    lora = f"LoRA of rank {rank} on the teacher's {plan.spec.init_from}, " if rank else ""
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size
     phases = ", then ".join(f"{p.objective} × {p.steps} steps at lr {p.learning_rate:g}" for p in plan.phases)
     shares = [len(share(len(plan.sample_prompts), r, ranks.world_size)) for r in range(ranks.world_size)]
     levels = ", ".join(f"{sigma:.3g}" for sigma in plan.grid.sigmas[:-1])
     lines = {
         "teacher": f"{info.name} ({experts}, {str(plan.dtype).removeprefix('torch.')}, guidance {w})",
-        "student": f"{student['num_layers']} layers × {width}, {plan.spec.height}×{plan.spec.width} pixels, "
+        "student": f"{lora}{student['num_layers']} layers × {width}, {plan.spec.height}×{plan.spec.width} pixels, "
         f"{len(plan.grid)} steps at t = {levels}",
         "runs on": f"{ranks.world_size} × {ranks.device.type}, mixed precision {settings.mixed_precision}",
         "prompts": f"{len(plan.prompts)} from {config.data.data_path}",

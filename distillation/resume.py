@@ -27,6 +27,7 @@ FREE = {
     "config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "checkpointing_steps",
     "checkpoints_total_limit", "distributed", "multi_gpu", "ddp_timeout", "logging_steps", "report_to", "run_name",
     "tracker_project_name", "review", "prompt_cache_dir", "dataloader_num_workers", "num_steps", "num_epochs",
+    "merge_lora",
 }  # fmt: skip
 
 
@@ -84,7 +85,8 @@ class Resumed:
         where = f"--resume_from_checkpoint {self.folder}"
         if old["student"] != new["student"]:
             raise UserError(
-                f"{where}: its student has another shape; resume with the --student_config of the first run"
+                f"{where}: its student has another shape; resume with the --student_config and --lora_rank of the "
+                "first run"
             )
         if old["settings"]["use_ema"] != new["settings"]["use_ema"]:
             first = "with" if old["settings"]["use_ema"] else "without"
@@ -127,11 +129,10 @@ def comparable(config: Config, plan: Plan) -> dict[str, Any]:
         for name, value in sections[section].items()
         if name not in FREE
     }
-    return {
-        "settings": settings,
-        "phases": [asdict(phase) for phase in plan.phases],
-        "student": dict(plan.spec.transformer_config),
-    }
+    student = dict(plan.spec.transformer_config)
+    if config.student.lora_rank:  # its checkpoints are of use on the expert that they were trained on, and no other
+        student |= {"lora_rank": config.student.lora_rank, "init_from": plan.spec.init_from}
+    return {"settings": settings, "phases": [asdict(phase) for phase in plan.phases], "student": student}
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -11,6 +11,23 @@ from distributed.process_group import Ranks
 from distributed.sharding import wrap
 
 
+def make_optimizer(
+    parameters: list[nn.Parameter], learning_rate: float, settings: OptimizationConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    about = {
+        "lr": learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "weight_decay": settings.adam_weight_decay,
+        "eps": settings.adam_epsilon,
+    }
+    if settings.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit  # optional; `make_plan` has seen that it is there
+
+        return AdamW8bit(parameters, **about)
+    # The default on a GPU, foreach, takes another copy of all weights while it steps.
+    return torch.optim.AdamW(parameters, **about, fused=device.type == "cuda" or None)
+
+
 class Trained:
     """A network, its wrapper, optimizer, learning-rate schedule and loss scaler: one each, shared with no other.
 
@@ -33,15 +50,8 @@ class Trained:
         self.network, self.wrapped = network, wrapped or wrap(network, ranks)
         self.max_grad_norm = settings.max_grad_norm
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=phase.learning_rate if learning_rate is None else learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            weight_decay=settings.adam_weight_decay,
-            eps=settings.adam_epsilon,
-            # The default on a GPU, foreach, takes another copy of all weights while it steps.
-            fused=ranks.device.type == "cuda" or None,
-        )
+        rate = phase.learning_rate if learning_rate is None else learning_rate
+        self.optimizer = make_optimizer(self.parameters, rate, settings, ranks.device)
         self.lr_scheduler = get_scheduler(
             phase.lr_scheduler,
             self.optimizer,

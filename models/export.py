@@ -1,7 +1,8 @@
-"""The finished student as an ordinary Diffusers pipeline on disk.
+"""The finished student on disk, as an ordinary Diffusers pipeline or as a LoRA for its teacher's.
 
-The folder holds what `WanPipeline.from_pretrained` wants: the student, the few-step scheduler and the teacher's own
-VAE, text encoder and tokenizer, hard-linked where the file system allows. No file names a folder of this machine.
+A pipeline's folder holds what `WanPipeline.from_pretrained` wants: the student, the few-step scheduler and the
+teacher's own VAE, text encoder and tokenizer, hard-linked where the file system allows. A LoRA's holds the few-step
+scheduler and what `WanPipeline.load_lora_weights` wants. No file names a folder of this machine.
 """
 
 import json
@@ -9,23 +10,31 @@ import os
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
-from diffusers import SchedulerMixin, WanTransformer3DModel
+from diffusers import SchedulerMixin, WanPipeline, WanTransformer3DModel
 
 from config.errors import UserError
+from models.adapters import Adapted
 from models.student import parameter_dtype
+from models.teacher import TeacherInfo, check_weights, inspect_teacher, load_transformer
 
 DRAWING_FILE = "distillation.json"  # how the student draws; no file of a stock pipeline has a place for it
-DRAWING_KEYS = ("height", "width", "num_inference_steps", "training_steps", "weights")
+DRAWING_KEYS = ("height", "width", "num_inference_steps", "training_steps", "weights", "lora_on")
+LORA_FILE = "pytorch_lora_weights.safetensors"  # Diffusers' name for it
 NAME_KEYS = ("_name_or_path", "name_or_path")  # where Diffusers and transformers note what they loaded
 
 
 @dataclass(frozen=True)
 class StudentCard:
-    """What the model card tells. Folders in `command` and `settings` are shortened to their last name."""
+    """What the model card tells. Folders in `command` and `settings` are shortened to their last name.
+
+    lora_on: the part of the teacher that a LoRA was trained on; None where the student is a whole pipeline.
+    """
 
     teacher: str  # a hub id or a local folder
     command: list[str]  # argv
@@ -37,10 +46,20 @@ class StudentCard:
     weights: str  # "ema" or "raw"
     settings: dict  # name → value, as resolved
     license: str = "apache-2.0"
+    lora_on: str | None = None
+
+    @property
+    def teacher_is_local(self) -> bool:
+        return Path(self.teacher).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", self.teacher)
+
+    @property
+    def teacher_name(self) -> str:
+        """A hub id, or a folder's last name."""
+        return Path(self.teacher).resolve().name if self.teacher_is_local else self.teacher
 
 
 def export_student(
-    transformer: WanTransformer3DModel,
+    student: WanTransformer3DModel | Adapted,
     scheduler: SchedulerMixin,
     teacher_folder: Path,
     output_dir: Path,
@@ -50,7 +69,7 @@ def export_student(
     """Write the student as a full pipeline, `output_dir`; an earlier export there is replaced at once.
 
     Args:
-        transformer: unwrapped and whole; weights on any device, in any dtype.
+        student: unwrapped and whole; weights on any device, in any dtype. Adapters are merged.
         scheduler: the few-step scheduler that the student was trained for.
         teacher_folder: the teacher in Diffusers layout, on disk (a hub snapshot's symbolic links are followed).
         dtype: of the weights on disk, but for modules that Diffusers keeps in float32.
@@ -58,32 +77,56 @@ def export_student(
     Raises:
         UserError: `output_dir` is the teacher itself, or something other than an export.
     """
+    with _replacing(output_dir, teacher_folder) as new:
+        index = _model_index(_read_json(teacher_folder / "model_index.json"), scheduler)
+        _write_json(index, new / "model_index.json")
+        _save_transformer(student, new / "transformer", dtype)
+        _save_about(scheduler, card, new)
+        for part, entry in index.items():
+            if isinstance(entry, list) and entry[0] is not None and not (new / part).exists():
+                _link_folder(teacher_folder / part, new / part)
+
+
+def export_lora(
+    student: Adapted, scheduler: SchedulerMixin, teacher_folder: Path, output_dir: Path, card: StudentCard
+) -> None:
+    """Write the student's adapters as a LoRA for its teacher's pipeline, in float32; otherwise as `export_student`."""
+    with _replacing(output_dir, teacher_folder) as new:
+        weights, settings = student.lora()
+        weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+        WanPipeline.save_lora_weights(new, weights, transformer_lora_adapter_metadata=settings)
+        _save_about(scheduler, card, new)
+
+
+@contextmanager
+def _replacing(output_dir: Path, teacher_folder: Path) -> Iterator[Path]:
+    """An empty folder to write into; what stood in `output_dir` makes way for it only once it is written."""
     check_export_target(output_dir, teacher_folder)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     new = output_dir.with_name(f".{output_dir.name}.new")
     if new.exists():  # left by a run that was killed
         shutil.rmtree(new)
     new.mkdir()
-    index = _model_index(_read_json(teacher_folder / "model_index.json"), scheduler)
-    _write_json(index, new / "model_index.json")
-    _save_transformer(transformer, new / "transformer", dtype)
-    scheduler.save_pretrained(new / "scheduler")
-    for config in (new / "transformer" / "config.json", new / "scheduler" / "scheduler_config.json"):
-        _write_json(without_folders(_read_json(config)), config)
-    for part, entry in index.items():
-        if isinstance(entry, list) and entry[0] is not None and not (new / part).exists():
-            _link_folder(teacher_folder / part, new / part)
-    drawing = {name: getattr(card, name) for name in DRAWING_KEYS}
-    _write_json(drawing, new / DRAWING_FILE)
-    (new / "README.md").write_text(model_card(card), encoding="utf-8")
+    yield new
     _swap_in(new, output_dir)
+
+
+def _save_about(scheduler: SchedulerMixin, card: StudentCard, folder: Path) -> None:
+    """The scheduler, how the student draws and where it comes from."""
+    scheduler.save_pretrained(folder / "scheduler")
+    config = folder / "scheduler" / "scheduler_config.json"
+    _write_json(without_folders(_read_json(config)), config)
+    drawing = {name: getattr(card, name) for name in DRAWING_KEYS}
+    _write_json(drawing | {"teacher": card.teacher_name}, folder / DRAWING_FILE)
+    (folder / "README.md").write_text(model_card(card, type(scheduler).__name__), encoding="utf-8")
 
 
 def check_export_target(output_dir: Path, teacher_folder: Path) -> None:
     """Refuse to replace the teacher or a folder that no export has written. Cheap: call it before training, too."""
     if output_dir.resolve() == Path(teacher_folder).resolve():
         raise UserError(f"--output_dir: the student would replace its teacher, {output_dir}; choose another folder")
-    occupied = output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / "model_index.json").is_file()
+    exported = any((output_dir / name).is_file() for name in ("model_index.json", LORA_FILE))
+    occupied = output_dir.is_dir() and any(output_dir.iterdir()) and not exported
     if occupied or (output_dir.exists() and not output_dir.is_dir()):
         raise UserError(
             f"--output_dir: {output_dir} exists and is no exported student; move it or choose another folder"
@@ -101,17 +144,20 @@ def _model_index(index: dict, scheduler: SchedulerMixin) -> dict:
     return without_folders({"expand_timesteps": False} | index | changes)
 
 
-def _save_transformer(transformer: WanTransformer3DModel, folder: Path, dtype: torch.dtype) -> None:
+def _save_transformer(student: WanTransformer3DModel | Adapted, folder: Path, dtype: torch.dtype) -> None:
     """Save through a stock transformer, so that neither class, config nor dtype of the one in training shows."""
+    is_lora = isinstance(student, Adapted)
     weights = {
         name: weight.detach().to("cpu", parameter_dtype(name, dtype)).contiguous()
-        for name, weight in transformer.state_dict().items()
+        for name, weight in (student.merged() if is_lora else student.state_dict().items())
     }
-    config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+    config = student.transformer.config if is_lora else student.config
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
     with torch.device("meta"):
         stock = WanTransformer3DModel(**config)
     stock.load_state_dict(weights, strict=True, assign=True)
     stock.save_pretrained(folder, safe_serialization=True)
+    _write_json(without_folders(_read_json(folder / "config.json")), folder / "config.json")
 
 
 def _link_folder(source: Path, target: Path) -> None:
@@ -157,6 +203,55 @@ def _write_json(content: dict, path: Path) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+# ------------------------------------------------------------------------------------------------ reading it again
+
+
+def inspect_student(
+    path: str, flow_shift: float | None, teacher: str | None, revision: str | None
+) -> tuple[TeacherInfo, dict]:
+    """A finished student's pipeline, and what stands in its `DRAWING_FILE`, {} without one. Nothing heavy is read.
+
+    Args:
+        path: a folder or a hub id; of a LoRA, a folder.
+        flow_shift: instead of the student's.
+        teacher, revision: the pipeline that a LoRA goes on. The result is that pipeline then, with the student's shift.
+
+    Raises UserError where there is no student, or no teacher for a LoRA.
+    """
+    folder = Path(path)
+    drawing = _read_json(folder / DRAWING_FILE) if (folder / DRAWING_FILE).is_file() else {}
+    if not (folder / LORA_FILE).is_file():
+        info = inspect_teacher(path, flow_shift=flow_shift, flag="--student_path")
+        if info.boundary_ratio is not None:
+            raise UserError(f"--student_path {path}: has two experts; accepted is a student's pipeline")
+        check_weights(info, flag="--student_path")
+        return info, drawing
+    if "lora_on" not in drawing:
+        raise UserError(f"--student_path {path}: a LoRA without {DRAWING_FILE}; accepted is one that was trained here")
+    if not teacher:
+        raise UserError(
+            f"--teacher_path is missing: --student_path {path} is a LoRA on {drawing['teacher']}; give that pipeline"
+        )
+    shift = flow_shift or _read_json(folder / "scheduler" / "scheduler_config.json")["flow_shift"]
+    info = inspect_teacher(teacher, revision, shift)
+    check_weights(info)
+    if drawing["lora_on"] not in info.transformer_configs:
+        raise UserError(
+            f"--teacher_path {teacher}: has no {drawing['lora_on']}, which --student_path {path} goes on; give "
+            f"{drawing['teacher']}"
+        )
+    return info, drawing
+
+
+def load_student(path: str, info: TeacherInfo, drawing: dict, dtype: torch.dtype) -> WanTransformer3DModel:
+    """The frozen student that `inspect_student` has found, reading folded text."""
+    if not drawing.get("lora_on"):
+        return load_transformer(info.folder, "transformer", dtype)
+    transformer = load_transformer(info.folder, drawing["lora_on"], dtype)
+    transformer.load_lora_adapter(path, weight_name=LORA_FILE, use_safetensors=True)
+    return transformer.requires_grad_(False)
+
+
 # ------------------------------------------------------------------------------------------------ no folders
 
 
@@ -190,11 +285,38 @@ def _is_absolute(value: object) -> bool:
 # ------------------------------------------------------------------------------------------------ model card
 
 
-def model_card(card: StudentCard) -> str:
-    """README.md: what the hub's front matter wants, how to draw, and how it was made."""
-    local = Path(card.teacher).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", card.teacher)
-    teacher = Path(card.teacher).resolve().name if local else card.teacher
-    base_model = "" if local else f"base_model: {card.teacher}\n"
+PIPELINE = """\
+import torch
+from diffusers import WanPipeline
+
+dtypes = {"default": torch.bfloat16, "vae": torch.float32}
+pipe = WanPipeline.from_pretrained("path/to/this/folder", torch_dtype=dtypes).to("cuda")"""
+# One expert with the LoRA draws alone: the few steps are the student's, from noise to picture.
+LORA_PIPELINE = """\
+import torch
+from diffusers import {scheduler}, WanPipeline, WanTransformer3DModel
+
+teacher, student = "{teacher}", "path/to/this/folder"
+dtypes = {{"default": torch.bfloat16, "vae": torch.float32}}
+pipe = WanPipeline.from_pretrained(
+    teacher,
+    transformer=WanTransformer3DModel.from_pretrained(teacher, subfolder="{part}", torch_dtype=torch.bfloat16),
+    transformer_2=None,
+    boundary_ratio=None,
+    scheduler={scheduler}.from_pretrained(student, subfolder="scheduler"),
+    torch_dtype=dtypes,
+)
+pipe.load_lora_weights(student)
+pipe.to("cuda")"""
+
+
+def model_card(card: StudentCard, scheduler: str) -> str:
+    """README.md: what the hub's front matter wants, how to draw, and how it was made. `scheduler`: its class's name."""
+    teacher = card.teacher_name
+    base_model = "" if card.teacher_is_local else f"base_model: {card.teacher}\n"
+    lora = LORA_PIPELINE.format(scheduler=scheduler, teacher=teacher, part=card.lora_on)
+    load = lora if card.lora_on else PIPELINE
+    kind = f"picture student of {teacher}" if not card.lora_on else f"picture LoRA for {teacher}"
     rows = [f"| {name} | `{json.dumps(shorten(value), ensure_ascii=False)}` |" for name, value in card.settings.items()]
     settings = "\n".join(rows)
     return f"""---
@@ -207,16 +329,12 @@ pipeline_tag: text-to-image
 - distillation
 ---
 
-# A {card.num_inference_steps}-step picture student of {teacher}
+# A {card.num_inference_steps}-step {kind}
 
 Draws pictures of {card.width}×{card.height} pixels in {card.num_inference_steps} steps without guidance.
 
 ```python
-import torch
-from diffusers import WanPipeline
-
-dtypes = {{"default": torch.bfloat16, "vae": torch.float32}}
-pipe = WanPipeline.from_pretrained("path/to/this/folder", torch_dtype=dtypes).to("cuda")
+{load}
 images = pipe(
     "a prompt",
     num_frames=1,

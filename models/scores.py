@@ -2,15 +2,12 @@
 
 import copy
 
-from diffusers import WanTransformer3DModel
-from peft import LoraConfig
 from torch import nn
 
+from models.adapters import LORA_TARGETS, Adapted, remove_adapters
 from models.teacher import Teacher
 
 ADAPTER = "fake_score"
-# Every linear layer of a Wan block: self- and cross-attention, feed-forward.
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 
 def fake_scores(teacher: Teacher, kind: str, rank: int) -> dict[str, nn.Module]:
@@ -23,19 +20,24 @@ def fake_scores(teacher: Teacher, kind: str, rank: int) -> dict[str, nn.Module]:
             weights and go on as they were in the teacher's hands.
     """
     names = ("fake_score", "fake_score_2")
-    remove_adapters(teacher)
+    remove_fake_adapters(teacher)
     experts = [expert.field.transformer for expert in teacher.experts]
     if kind == "lora":
-        return {name: Adapted(expert, rank) for name, expert in zip(names, experts, strict=False)}
-    copies = [copy.deepcopy(expert).float().requires_grad_(True).train() for expert in experts]
+        return {name: Adapted(expert, ADAPTER, rank) for name, expert in zip(names, experts, strict=False)}
+    copies = [_trainable_copy(expert) for expert in experts]
     return dict(zip(names, copies, strict=False))
 
 
-def remove_adapters(teacher: Teacher) -> None:
+def _trainable_copy(expert: nn.Module) -> nn.Module:
+    network = copy.deepcopy(expert)
+    remove_adapters(network)  # a student's
+    return network.float().requires_grad_(True).train()
+
+
+def remove_fake_adapters(teacher: Teacher) -> None:
     """Leave the experts as they were before "lora" put adapters into them."""
     for expert in teacher.experts:
-        if ADAPTER in getattr(expert.field.transformer, "peft_config", {}):
-            expert.field.transformer.delete_adapters(ADAPTER)
+        remove_adapters(expert.field.transformer, ADAPTER)
 
 
 def trained_parameters(experts: list[nn.Module], kind: str, rank: int) -> int:
@@ -45,34 +47,3 @@ def trained_parameters(experts: list[nn.Module], kind: str, rank: int) -> int:
     linear = [(name, m) for expert in experts for name, m in expert.named_modules() if isinstance(m, nn.Linear)]
     targets = [m for name, m in linear if any(name.endswith(f".{target}") for target in LORA_TARGETS)]
     return sum(rank * (m.in_features + m.out_features) for m in targets)
-
-
-class Adapted(nn.Module):
-    """A frozen expert with low-rank adapters that are switched on while it is called through here, and only then."""
-
-    def __init__(self, transformer: WanTransformer3DModel, rank: int) -> None:
-        super().__init__()
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, init_lora_weights=True)
-        transformer.add_adapter(config, adapter_name=ADAPTER)
-        for parameter in transformer.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()  # adapters are trained in float32 whatever the expert is in
-        self.transformer = transformer
-        self._adapters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-        self._switch_off()
-
-    @property
-    def config(self):
-        return self.transformer.config
-
-    def forward(self, *args, **kwargs):
-        self.transformer.enable_adapters()
-        try:
-            return self.transformer(*args, **kwargs)
-        finally:
-            self._switch_off()
-
-    def _switch_off(self) -> None:
-        self.transformer.disable_adapters()
-        for parameter in self._adapters:
-            parameter.requires_grad_(True)  # PEFT freezes what it switches off, and backward is still to come

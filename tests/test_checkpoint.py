@@ -214,24 +214,24 @@ def _go(ranks: Ranks, teacher: Path, out: Path, *more: str) -> None:
         train(config, ranks, trackers, StopSignal())
 
 
-def _straight_and_resumed(ranks: Ranks, teacher: Path, folder: Path) -> None:
+def _straight_and_resumed(ranks: Ranks, teacher: Path, folder: Path, stops: tuple[int, ...], *more: str) -> None:
     straight = folder / "straight"
-    _go(ranks, teacher, straight, "--checkpointing_steps", "1", "--checkpoints_total_limit", "99")
-    for step in STOPS:
+    _go(ranks, teacher, straight, "--checkpointing_steps", "1", "--checkpoints_total_limit", "99", *more)
+    for step in stops:
         out = folder / f"resumed_{step}"
         if ranks.is_main:  # as a run leaves it that is killed a little later
             name = f"step_{step:08d}"
             shutil.copytree(straight / "checkpoints" / name, out / "checkpoints" / name)
             shutil.copy(straight / "metrics.jsonl", out / "metrics.jsonl")
         barrier()
-        _go(ranks, teacher, out, "--resume_from_checkpoint", "latest")
+        _go(ranks, teacher, out, "--resume_from_checkpoint", "latest", *more)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_every_objective_goes_on_bit_for_bit(world_size, random_pipeline_dir, tmp_path):
     (tmp_path / "recipe.toml").write_text(RECIPE)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    run_ranks(_straight_and_resumed, world_size, random_pipeline_dir, tmp_path)
+    run_ranks(_straight_and_resumed, world_size, random_pipeline_dir, tmp_path, STOPS)
     last = list_checkpoints(tmp_path / "straight" / "checkpoints")[-1]
     expected, rows = bits_of(last), rows_of(tmp_path / "straight")
     assert len(rows) > 5 and rows[-1]["objective"] == "dmd"
@@ -268,6 +268,26 @@ def test_what_a_killed_writer_leaves_is_no_checkpoint_and_goes_at_the_next_start
     assert find_checkpoint("latest", tmp_path, ALONE).name == "step_00000001"
     Checkpoints(tmp_path, None, ALONE)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_a_lora_goes_on_bit_for_bit_and_its_checkpoints_hold_no_base(random_pipeline_dir, tmp_path):
+    (tmp_path / "recipe.toml").write_text(RECIPE[: RECIPE.rindex("[[phase]]")])
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    more = ("--lora_rank", "2", "--gradient_checkpointing", "--no_save_samples")
+    stops = (4, 7, 10)  # with a copy of the student, with its average, with adapters of a fake score beside it
+    run_ranks(_straight_and_resumed, 1, random_pipeline_dir, tmp_path, stops, *more)
+    last = list_checkpoints(tmp_path / "straight" / "checkpoints")[-1]
+    expected, rows = bits_of(last), rows_of(tmp_path / "straight")
+    for step in stops:
+        out = tmp_path / f"resumed_{step}"
+        assert bits_of(out / "checkpoints" / last.name) == expected, f"resumed after step {step}"
+        assert rows_of(out) == rows, f"resumed after step {step}"
+    checkpoint = bits_of(tmp_path / "straight" / "checkpoints" / "step_00000007")
+    adapters = sum(len(bits) for name, bits in checkpoint.items() if name.startswith("student/"))
+    parts = ("student", "ema", "objective", "trained_student")
+    held = {part: sum(len(b) for n, b in checkpoint.items() if n.startswith(f"{part}/")) for part in parts}
+    assert adapters == 4 * 2 * 3 * (8 * (24 + 24) + 2 * (24 + 64))  # bytes, rank, blocks, attention, feed-forward
+    assert held["ema"] == held["objective"] == adapters and held["trained_student"] < 2.5 * adapters
 
 
 def bits_of(folder: Path) -> dict[str, bytes]:

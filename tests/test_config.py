@@ -467,3 +467,25 @@ def test_objective_on_the_command_line_is_one_phase(files):
     assert phase.settings["teacher_substeps"] == 8 and "loss_type" not in phase.settings
     assert config.optimization.objective == "velocity"
     assert "unknown flag --loss_type" in error(load_recipe, "--objective", "velocity", "--loss_type", "mse")
+
+
+# ---------------------------------------------------------------------------------------------- LoRA
+
+
+def test_a_lora_s_names_and_defaults(files):
+    student = load("--rank", "16").student
+    assert (student.lora_rank, student.lora_alpha, student.merge_lora) == (16, None, False)
+    assert load().student.lora_rank == 0
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--lora_alpha", "8"], '--lora_alpha "8": there is no LoRA; give --lora_rank'),
+        (["--merge_lora"], "--merge_lora: there is no LoRA; give --lora_rank"),
+        (["--lora_rank", "-1"], '--lora_rank "-1": expected a whole number >= 0'),
+        (["--lora_rank", "8", "--teacher_on_cpu"], "--teacher_on_cpu: keeps the teacher off the GPU, and --lora_rank"),
+    ],
+)
+def test_settings_that_contradict_a_lora(files, argv, named):
+    assert error(load, *argv).startswith(named)

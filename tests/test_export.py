@@ -11,7 +11,8 @@ from diffusers import DPMSolverMultistepScheduler, WanPipeline
 from safetensors.torch import load_file
 
 from config.errors import UserError
-from models.export import StudentCard, export_student
+from models.adapters import Adapted
+from models.export import StudentCard, export_lora, export_student
 from models.folding import fold_text_attention
 from models.student import build_student, read_student_config
 
@@ -55,6 +56,12 @@ def card_of(folder: Path, **changes) -> StudentCard:
     )
 
 
+def rest_of(teacher: WanPipeline) -> dict:
+    """What a pipeline has besides its transformers."""
+    parts = {name: getattr(teacher, name) for name in ("vae", "text_encoder", "tokenizer")}
+    return parts | {"expand_timesteps": teacher.config.expand_timesteps}
+
+
 def draw(pipe: WanPipeline) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
@@ -66,16 +73,44 @@ def draw(pipe: WanPipeline) -> np.ndarray:
 def test_the_stock_pipeline_draws_the_students_picture(family, request, tmp_path):
     folder = request.getfixturevalue(family)
     student, teacher = student_of(folder, pixels_per_patch=32)
-    parts = {name: getattr(teacher, name) for name in ("vae", "text_encoder", "tokenizer")}
     expand = teacher.config.expand_timesteps
-    in_memory = WanPipeline(transformer=student, scheduler=few_step_scheduler(), expand_timesteps=expand, **parts)
-    expected = draw(in_memory)
+    expected = draw(WanPipeline(transformer=student, scheduler=few_step_scheduler(), **rest_of(teacher)))
     fold_text_attention(student)  # as in training; nothing of it may show in the export
     export_student(student, few_step_scheduler(), folder, tmp_path / "run" / "student", card_of(folder))
     exported = WanPipeline.from_pretrained(tmp_path / "run" / "student")
     assert exported.transformer_2 is None and exported.config.boundary_ratio is None
     assert exported.config.expand_timesteps == expand and type(exported.scheduler) is DPMSolverMultistepScheduler
     assert expected.std() > 0.01 and np.array_equal(draw(exported), expected)
+
+
+@pytest.mark.parametrize("family", ["random_single_pipeline_dir", "random_ti2v_pipeline_dir"])
+def test_a_lora_and_its_merged_pipeline_draw_alike(family, request, tmp_path):
+    folder = request.getfixturevalue(family)
+    base, teacher = student_of(folder, pixels_per_patch=32)
+    bare = draw(WanPipeline(transformer=base, scheduler=few_step_scheduler(), **rest_of(teacher)))
+    student = Adapted(base.requires_grad_(False), "student", rank=3, alpha=1.5)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    fold_text_attention(base)
+    card = card_of(folder)
+    export_student(student, few_step_scheduler(), folder, tmp_path / "merged", card)
+    merged = draw(WanPipeline.from_pretrained(tmp_path / "merged"))
+    export_lora(
+        student, few_step_scheduler(), folder, tmp_path / "lora", dataclasses.replace(card, lora_on="transformer")
+    )
+    pipe = WanPipeline.from_pretrained(folder, scheduler=few_step_scheduler())
+    pipe.load_lora_weights(tmp_path / "lora")
+    assert np.abs(draw(pipe) - merged).max() < 1 / 255 < 0.02 < np.abs(bare - merged).max()
+    assert pipe.transformer.peft_config["default_0"].lora_alpha == 1.5
+    # One takes the other's place, and nothing else's.
+    export_lora(
+        student, few_step_scheduler(), folder, tmp_path / "merged", dataclasses.replace(card, lora_on="transformer")
+    )
+    assert not (tmp_path / "merged" / "model_index.json").exists()
+    export_student(student, few_step_scheduler(), folder, tmp_path / "lora", card)
+    assert (tmp_path / "lora" / "model_index.json").exists()
 
 
 def test_frozen_parts_are_links_to_the_real_files(random_single_pipeline_dir, tmp_path):
@@ -171,7 +206,7 @@ def test_a_failing_export_leaves_the_earlier_one(random_single_pipeline_dir, tmp
     export_student(student, few_step_scheduler(), teacher, target, card_of(teacher))
     before = {path: path.stat().st_ino for path in target.rglob("*")}
 
-    def full(card):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("models.export.model_card", full)

@@ -43,7 +43,7 @@ def test_training_them_moves_them_and_not_the_teacher(teacher, asked, kind):
     assert sum(p.numel() for p in trained) == expected
     if kind == "lora":
         assert all(p.dtype == torch.float32 for p in trained)
-        assert sum(p.numel() for p in trained) < 0.5 * sum(p.numel() for p in network.parameters())
+        assert expected < 0.5 * sum(p.numel() for p in teacher.experts[1].field.transformer.parameters())
     optimizer, losses = torch.optim.Adam(trained, lr=1e-2), []
     for _ in range(30):
         loss = (WanVelocity(network)(x, 0.5, text) - x).square().mean()

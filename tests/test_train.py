@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from PIL import Image
 from config.config import load_config
 from config.errors import UserError
 from distillation.objective import settings_of
-from distillation.plan import check_memory, make_plan, memory_needed
+from distillation.plan import check_8bit_adam, check_memory, describe, make_plan, memory_needed
 from distributed.process_group import Ranks
 from tests.test_review import row_of
 from train_distillation import begin_run
@@ -118,6 +119,48 @@ def test_finished_student_draws_on_any_number_of_ranks(two_ranks, tmp_path):
     alone = np.asarray(Image.open(tmp_path / "samples" / "epoch_0000_rank_0_sample_02.png"), dtype=int)
     shared = np.asarray(Image.open(two_ranks / "samples" / "epoch_0002_rank_1_sample_00.png"), dtype=int)
     assert np.abs(alone - shared).max() <= 1
+
+
+@pytest.mark.torchrun
+def test_a_lora_draws_the_same_from_its_card_and_from_its_folder(random_pipeline_dir, tmp_path):
+    extra = ["--lora_rank", "4", "--lora_alpha", "2", "--lr", "3e-2", "--use_ema", "--gradient_checkpointing"]
+    done = torchrun(PROGRAM, *flags(random_pipeline_dir, tmp_path / "out", *extra))
+    assert done.returncode == 0, done.stderr
+    student, samples = tmp_path / "out" / "student", tmp_path / "out" / "samples"
+    assert {path.name for path in student.iterdir()} == {
+        "pytorch_lora_weights.safetensors", "scheduler", "distillation.json", "README.md",
+    }  # fmt: skip
+    row = next(r for r in read_rows(samples / "manifest.jsonl") if r["epoch"] == 2 and r["rank"] == 1)
+    drawn = np.asarray(Image.open(samples / row["file"]), dtype=int)
+    card = (student / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    here = {
+        '"cuda"': '"cpu"',
+        "torch.bfloat16": "torch.float32",
+        '"path/to/this/folder"': repr(str(student)),
+        f'"{random_pipeline_dir.name}"': repr(str(random_pipeline_dir)),
+        '"a prompt"': f"{row['prompt']!r}, generator=torch.Generator().manual_seed({row['seed']})",
+        '"picture.png"': repr(str(tmp_path / "picture.png")),
+    }
+    for there, now in here.items():
+        assert there in code, there
+        code = code.replace(there, now)
+    exec(code, {})
+    picture = np.asarray(Image.open(tmp_path / "picture.png"), dtype=int)
+    assert np.abs(picture - drawn).max() <= 1
+    exec(code.replace("pipe.load_lora_weights(student)", ""), {})
+    bare = np.asarray(Image.open(tmp_path / "picture.png"), dtype=int)
+    assert np.abs(bare - drawn).max() > 3, "the adapters make a difference"
+
+    again = ["--sample_only", "--student_path", str(student), "--output_dir", str(tmp_path / "again")]
+    again += ["--sample_prompts", *PROMPTS[:3]]
+    refused = run(PROGRAM, *again)
+    assert refused.returncode == 2
+    assert f"is a LoRA on {random_pipeline_dir.name}; give that pipeline" in refused.stderr
+    done = run(PROGRAM, *again, "--teacher_path", str(random_pipeline_dir))
+    assert done.returncode == 0, done.stderr
+    alone = Image.open(tmp_path / "again" / "samples" / "epoch_0000_rank_0_sample_02.png")
+    assert np.abs(np.asarray(alone, dtype=int) - drawn).max() <= 1
 
 
 @pytest.mark.torchrun
@@ -231,10 +274,12 @@ def test_phases_are_checked_before_the_first_one_runs(random_pipeline_dir, tmp_p
         plan_of(argv)
 
 
+RANKS = Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
+
+
 def plan_of(argv: list[str]):
     config = load_config(argv, settings_of)
-    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
-    return config, make_plan(config, ranks)
+    return config, make_plan(config, RANKS)
 
 
 def test_what_no_gpu_can_hold_is_refused_with_the_sum(random_pipeline_dir, tmp_path, monkeypatch):
@@ -250,6 +295,57 @@ def test_what_no_gpu_can_hold_is_refused_with_the_sum(random_pipeline_dir, tmp_p
             nullcontext() if fits else pytest.raises(UserError, match="each rank needs student and AdamW .* --teacher")
         ):
             check_memory(needed, plan.info, torch.device("cuda"))
+
+
+def test_a_lora_counts_what_it_trains_and_the_base_once(random_pipeline_dir, tmp_path):
+    config, plan = plan_of([*flags(random_pipeline_dir, tmp_path / "out"), "--rank", "4"])
+    base = sum(
+        p.numel() for p in WanTransformer3DModel.from_pretrained(random_pipeline_dir / "transformer").parameters()
+    )
+    trained = 4 * 3 * (8 * (24 + 24) + 2 * (24 + 64))  # rank, blocks, attention, feed-forward
+    expected = {"student's LoRA and AdamW": 16e-9 * trained, "teacher": 2 * 4e-9 * base}
+    assert plan.memory == pytest.approx(expected)
+    assert "LoRA of rank 4 on the teacher's transformer_2" in describe(plan, config, RANKS)
+    config, plan = plan_of([*flags(random_pipeline_dir, tmp_path / "out"), "--rank", "4", "--objective", "consistency"])
+    assert plan.memory == pytest.approx(expected | {"consistency's own networks": 4e-9 * trained})
+
+
+def test_8_bit_adam_is_refused_without_a_gpu_or_its_package(random_pipeline_dir, tmp_path, monkeypatch):
+    given = [*flags(random_pipeline_dir, tmp_path / "out"), "--use_8bit_adam"]
+    with pytest.raises(UserError, match="--use_8bit_adam: needs an NVIDIA GPU, and this run is on cpu"):
+        plan_of(given)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    with pytest.raises(UserError, match="--use_8bit_adam: bitsandbytes is not installed; pip install bitsandbytes"):
+        check_8bit_adam(torch.device("cuda"))
+
+
+def test_8_bit_adam_takes_less_memory(random_pipeline_dir, tmp_path):
+    config, plan = plan_of(
+        [*flags(random_pipeline_dir, tmp_path / "out"), "--objective", "dmd", "--fake_score", "full"]
+    )
+    half = replace(config, optimization=replace(config.optimization, use_8bit_adam=True))
+    needed = memory_needed(half, plan.info, plan.spec, plan.dtype)
+    for part in ("student and AdamW", "dmd's own networks"):
+        assert needed[part] == pytest.approx(plan.memory[part] * 10 / 16)
+    assert needed["teacher"] == plan.memory["teacher"]
+
+
+def test_compile_without_a_compiler_is_a_mistake_that_is_named(random_pipeline_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    done = run(PROGRAM, *flags(random_pipeline_dir, tmp_path / "out", "--compile"))
+    assert done.returncode == 2, done.stderr
+    assert "error: --compile: torch.compile does not work here" in done.stderr
+    assert "/no/such/compiler" in done.stderr and "needs a C++ compiler such as g++" in done.stderr
+
+
+def test_a_smaller_student_is_no_lora(random_pipeline_dir, tmp_path):
+    path = tmp_path / "half.json"
+    path.write_text('{"height": 32, "width": 32, "num_layers": 2}')
+    given = [*flags(random_pipeline_dir, tmp_path / "out"), "--student_config", str(path)]
+    plan_of(given)
+    with pytest.raises(UserError, match="half.json: num_layers is 2, the teacher's is 3; with --lora_rank"):
+        plan_of([*given, "--lora_rank", "4"])
 
 
 def test_two_experts_are_no_student(random_pipeline_dir, tmp_path):

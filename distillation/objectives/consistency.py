@@ -51,7 +51,7 @@ class Objective(objective.Objective):
         check_updates(settings.updates_per_rollout, pairs, "pair(s)")
 
     @staticmethod
-    def extra_bytes(settings: Settings, student: nn.Module, experts: list[nn.Module]) -> int:
+    def extra_bytes(settings: Settings, student: nn.Module, experts: list[nn.Module], trained_bytes: int) -> int:
         return 4 * sum(p.numel() for p in student.parameters()) if settings.target_decay else 0
 
     def schedule(self, step: int) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ from models.flow import (
     unshift_time,
     velocity_to_x0,
 )
-from models.scores import fake_scores, remove_adapters, trained_parameters
+from models.scores import fake_scores, remove_fake_adapters, trained_parameters
 from sampling.ddim import ddim_step, rollout
 
 SCORE_TIMES = (0.02, 0.98)  # before the shift; high noise must be among them
@@ -100,11 +100,11 @@ class Objective(objective.Objective):
             )
 
     @staticmethod
-    def extra_bytes(settings: Settings, student: nn.Module, experts: list[nn.Module]) -> int:
-        return 16 * trained_parameters(experts, settings.fake_score, settings.fake_lora_rank)
+    def extra_bytes(settings: Settings, student: nn.Module, experts: list[nn.Module], trained_bytes: int) -> int:
+        return trained_bytes * trained_parameters(experts, settings.fake_score, settings.fake_lora_rank)
 
     def close(self) -> None:
-        remove_adapters(self.setup.teacher)
+        remove_fake_adapters(self.setup.teacher)
 
     def use(self, wrapped: dict[str, nn.Module]) -> None:
         for (name, network), expert in zip(wrapped.items(), self.setup.teacher.experts, strict=True):

@@ -62,7 +62,7 @@ class Objective(objective.Objective):
             )
 
     @staticmethod
-    def extra_bytes(settings: Settings, student: nn.Module, experts: list[nn.Module]) -> int:
+    def extra_bytes(settings: Settings, student: nn.Module, experts: list[nn.Module], trained_bytes: int) -> int:
         return 4 * sum(p.numel() for p in student.parameters()) if settings.teach == "student" else 0
 
     def schedule(self, step: int) -> tuple[str, ...]:
