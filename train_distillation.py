@@ -40,8 +40,9 @@ from distillation.plan import Plan, describe, make_plan, read_sample_prompts
 from distillation.progress import Progress
 from distillation.resume import Position, Resumed, keep_rows_until, phase_ends, state_of
 from distillation.trackers import Trackers, chosen_trackers
-from distillation.trained import Trained
+from distillation.trained import PRECISION, Trained, wrap_trained
 from distributed.checkpoint import LATEST, Checkpoints, find_checkpoint
+from distributed.placement import place
 from distributed.process_group import (
     Ranks,
     barrier,
@@ -54,7 +55,7 @@ from distributed.process_group import (
     on_main,
     tally,
 )
-from distributed.sharding import wrap
+from distributed.sharding import gradients, is_sharded, whole_weights
 from distributed.stop import Stopped, StopSignal
 from models.export import DRAWING_FILE, StudentCard, check_export_target, export_student
 from models.flow import VelocityField, few_step_grid, few_step_scheduler
@@ -83,7 +84,6 @@ LOOKING = -1  # in place of an update's number, in the noise with which an objec
 MISTAKE_SAID, MISTAKE_SECONDS = "a user's mistake was said", 5.0
 PROMPTS_NAMED = 4  # of a step that was skipped
 PLAIN_DDIM_STEPS = 10  # where a pipeline does not say how it draws
-PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @record  # leaves the failing rank's traceback where torchrun looks for it
@@ -153,10 +153,11 @@ def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) ->
 
     # Teacher and student. One seed for weights: what is fresh in the student is alike on every rank.
     torch.manual_seed(config.run.seed)
-    teacher_device = torch.device("cpu") if config.teacher.teacher_device_strategy == "cpu" else ranks.device
-    teacher = load_teacher(plan.info, teacher_device, plan.dtype, text[len(all_prompts) - 1], *plan.guidance)
+    # The teacher waits on the CPU until the student is made from it: a sharded expert could not be copied from.
+    teacher = load_teacher(plan.info, torch.device("cpu"), plan.dtype, text[len(all_prompts) - 1], *plan.guidance)
     student = make_student(config, plan, teacher, ranks)
-    wrapped = wrap(student, ranks)
+    wrapped = wrap_trained(student, config.optimization, ranks)
+    place_teacher(teacher, config, plan, ranks)
     barrier()  # all ranks: the first all-reduce is not started while a slower rank still reads weights
     stop.check()
 
@@ -165,7 +166,7 @@ def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) ->
     # Training goes through the wrapper, pictures through the bare module: a wrapper's forward may be a collective,
     # and the ranks draw unequal shares.
     def as_field(network: torch.nn.Module, dtype: torch.dtype = torch.float32) -> WanVelocity:
-        return WanVelocity(network, expand, dtype, autocast)
+        return WanVelocity(network, expand, dtype, autocast, ranks.device)
 
     sampler = None
     if plan.sample_prompts:
@@ -173,7 +174,7 @@ def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) ->
         teacher_rows = [row for row in earlier if row["weights"] == "teacher"]
         sampler = make_sampler(config, plan.info, plan.spec.height, plan.spec.width, ranks, stop, teacher_rows)
     if sampler and config.sampling.sample_teacher and not resumed:
-        draw(sampler, teacher_round(config, plan), teacher, sample_text, trackers)  # all ranks
+        draw(sampler, teacher_round(config, plan), teacher, sample_text, trackers, teacher.in_step)  # all ranks
 
     settings = config.optimization
     run = Run(
@@ -209,9 +210,11 @@ def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) ->
             continue
         train_phase(run, number, phase, resumed if resumed and number == resumed.position.phase else None)
         gc.collect()  # a phase's optimizers and networks hang in cycles, and the next phase needs their memory
-        # Rank 0 writes, and tells the others whether it worked.
+        # All ranks gather what is sharded; rank 0 writes, and tells the others whether it worked.
         with run.shipped_weights():
-            on_main(ranks, lambda: export(config, plan, student, run.step, run.done, ranks))
+            weights = whole_weights(student)
+            on_main(ranks, lambda weights=weights: export(config, plan, student, weights, run.step, run.done, ranks))
+            del weights
     run.progress.close()
     run.checkpoints.finish()
     if sampler:
@@ -278,7 +281,7 @@ def train_phase(run: Run, number: int, phase: Phase, resumed: Resumed | None) ->
         with run.progress.paused(), run.shipped_weights():
             round_ = student_round(run.config, plan, run.step, number)
             student = run.setup.as_field(run.setup.network, torch.float32)
-            draw(run.sampler, round_, student, run.sample_text, run.trackers)
+            draw(run.sampler, round_, student, run.sample_text, run.trackers, is_sharded(run.setup.network))
 
     if resumed:
         resumed.restore_phase(objective, trained)
@@ -343,9 +346,8 @@ def optimization_step(
         network, losses, figures = trained[name], [], {}
         for micro_step, batch in enumerate(batches):
             noise = Noise(seed, ranks.rank, step, update, micro_step, latent_shape, ranks.device)
-            # Gradients travel once an update: with the last micro-batch. no_sync must enclose the forward too.
-            travels = micro_step == len(batches) - 1 or ranks.world_size == 1
-            with nullcontext() if travels else network.wrapped.no_sync():
+            # Gradients travel once an update: with the last micro-batch.
+            with gradients(network.wrapped, travel=micro_step == len(batches) - 1):
                 loss, extra = objective.loss(name, batch, noise)
                 network.scaler.scale(loss / len(batches)).backward()
             losses.append(loss.detach())
@@ -408,13 +410,25 @@ def encode_all(
 
 
 def make_student(config: Config, plan: Plan, teacher: Teacher, ranks: Ranks) -> WanTransformer3DModel:
-    """The student in float32 on the rank's device, made from the teacher's weights; says what came from where."""
+    """The student in float32 on the CPU, made from the teacher's weights; says what came from where."""
     source = teacher.experts[list(plan.info.transformer_configs).index(plan.spec.init_from)].field.transformer
     student, rows = build_student(plan.spec, source, torch.float32)
     say(ranks, describe_init(rows))
     if config.optimization.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    return fold_text_attention(student).to(ranks.device).train()
+    return fold_text_attention(student).train()
+
+
+def place_teacher(teacher: Teacher, config: Config, plan: Plan, ranks: Ranks) -> None:
+    """The experts, loaded on the CPU, to where --teacher_device_strategy wants them. All ranks."""
+    experts, strategy = [expert.field.transformer for expert in teacher.experts], plan.placement.strategy
+    if plan.storage_dtype:
+        for expert in experts:
+            expert.enable_layerwise_casting(storage_dtype=plan.storage_dtype, compute_dtype=plan.dtype)
+    place(experts, strategy, ranks)
+    teacher.in_step = strategy == "shard"
+    for expert in teacher.experts:
+        expert.field.device = torch.device("cpu") if strategy == "cpu" else ranks.device
 
 
 def make_sampler(
@@ -477,10 +491,15 @@ def teacher_round(config: Config, plan: Plan) -> Round:
 
 
 def draw(
-    sampler: ParallelSampler, round_: Round, velocity: VelocityField, text: list[torch.Tensor], trackers: Trackers
+    sampler: ParallelSampler,
+    round_: Round,
+    velocity: VelocityField,
+    text: list[torch.Tensor],
+    trackers: Trackers,
+    in_step: bool = False,
 ) -> None:
-    """A round of pictures, also for the trackers. All ranks."""
-    rows = [asdict(row) for row in sampler.draw(round_, velocity, text)]
+    """A round of pictures, also for the trackers. All ranks. `in_step`: the velocity is a sharded network's."""
+    rows = [asdict(row) for row in sampler.draw(round_, velocity, text, in_step)]
     trackers.log_round(round_.step, rows, sampler.folder, means(rows))
 
 
@@ -608,11 +627,18 @@ def write_run_facts(config: Config, plan: Plan, folder: Path) -> None:
 
 
 def export(
-    config: Config, plan: Plan, student: WanTransformer3DModel, step: int, phases: list[str], ranks: Ranks
+    config: Config,
+    plan: Plan,
+    student: WanTransformer3DModel,
+    weights: dict[str, torch.Tensor],
+    step: int,
+    phases: list[str],
+    ranks: Ranks,
 ) -> None:
     """The student as a Diffusers pipeline in output_dir/student. Rank 0 only; no collective.
 
     Args:
+        weights: the student's, whole.
         phases: those behind it, in words.
     """
     sections = [section for section in config.to_dict().values() if isinstance(section, dict)]
@@ -632,7 +658,7 @@ def export(
     )
     dtype = PRECISION[config.optimization.mixed_precision] or torch.float32
     folder = Path(config.run.output_dir) / "student"
-    export_student(student, few_step_scheduler(plan.shift), plan.info.folder, folder, card, dtype)
+    export_student(student, few_step_scheduler(plan.shift), plan.info.folder, folder, card, dtype, weights)
 
 
 def launcher(ranks: Ranks) -> list[str]:

@@ -11,11 +11,14 @@ from config.config import Config, Phase
 from config.errors import UserError
 from data.prompts import holds_half_character, read_prompts
 from distillation.objective import check_objective, extra_bytes, trains_experts
+from distributed.placement import Placement, choose_placement, resident_bytes
 from distributed.process_group import Ranks
 from models.flow import TimeGrid, few_step_grid
 from models.student import StudentSpec, read_student_config
 from models.teacher import TeacherInfo, check_weights, default_guidance, inspect_teacher, resolve_dtype
 from sampling.parallel import share
+
+STORAGE_DTYPES = {"auto": None, "float8_e4m3fn": torch.float8_e4m3fn}  # of --teacher_storage_dtype
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Plan:
     sample_interval: int
     guidance: tuple[float, float]  # of the high-noise expert and the low-noise one
     memory: dict[str, float]  # part → GB that each rank's device must hold
+    placement: Placement  # of the teacher
+    storage_dtype: torch.dtype | None = None  # of the teacher's weights while they wait, where it is another one
 
     def resolved(self) -> dict:
         """What the settings leave to teacher and machine, as decided: for config.json and the model card."""
@@ -83,9 +88,11 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
     phases = config.phases
     if len(phases) == 1:
         phases = (replace(phases[0], steps=total_steps),)
-    check_phases(phases, config)
+    check_sharding(config, ranks)
     spec, dtype = read_spec(config, info), resolve_dtype(config.teacher.teacher_dtype, ranks.device)
-    memory = memory_needed(config, info, spec, dtype)
+    storage_dtype = STORAGE_DTYPES[config.teacher.teacher_storage_dtype]
+    memory, placement = memory_needed(config, info, spec, storage_dtype or dtype, ranks, gpu_memory(ranks.device))
+    check_phases(phases, config, placement.strategy)
     check_memory(memory, info, ranks.device)
     return Plan(
         info=info,
@@ -102,26 +109,66 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
         sample_interval=config.sampling.sample_interval,
         guidance=default_guidance(info, config.teacher.guidance_scale, config.teacher.guidance_scale_2),
         memory=memory,
+        placement=placement,
+        storage_dtype=storage_dtype,
     )
 
 
-def check_phases(phases: tuple[Phase, ...], config: Config) -> None:
-    """Raises UserError, which names the phase, for settings that contradict each other or the rest."""
+def check_phases(phases: tuple[Phase, ...], config: Config, strategy: str) -> None:
+    """Raises UserError, which names the phase, for settings that contradict each other or the rest.
+
+    Args:
+        strategy: where the teacher is to be.
+    """
     for number, phase in enumerate(phases, 1):
         where = f"[[phase]] {number}, {phase.objective}" if len(phases) > 1 else f"--objective {phase.objective}"
         try:
             check_objective(phase.objective, phase.settings, config.student.student_steps, phase.steps)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        if trains_experts(phase.objective) and config.teacher.teacher_device_strategy == "cpu":
-            raise UserError(
-                f"{where}: trains on the teacher's experts, which --teacher_device_strategy cpu keeps off "
-                "the GPU; accepted: auto, replicate"
-            )
+        if trains_experts(phase.objective):
+            check_trained_experts(where, strategy, config.teacher.teacher_storage_dtype)
 
 
-def memory_needed(config: Config, info: TeacherInfo, spec: StudentSpec, dtype: torch.dtype) -> dict[str, float]:
-    """GB (10⁹ bytes) that each rank's device must hold, by part. Without activations and text: a lower bound."""
+def check_trained_experts(where: str, strategy: str, storage_dtype: str) -> None:
+    """Raises UserError where the experts, on which an objective trains, are off the device or in a dtype of storage."""
+    if strategy in ("cpu", "group_offload"):
+        raise UserError(
+            f"{where}: trains on the teacher's experts, which --teacher_device_strategy {strategy} keeps off the GPU; "
+            "accepted: replicate, shard, offload, or auto where one of these fits"
+        )
+    if storage_dtype != "auto":
+        raise UserError(
+            f"{where}: trains on the teacher's experts, which --teacher_storage_dtype {storage_dtype} rounds after "
+            "each use; accepted: auto"
+        )
+
+
+def check_sharding(config: Config, ranks: Ranks) -> None:
+    """Raises UserError for what cannot be spread over these ranks as the flags say."""
+    if config.optimization.student_sharding == "hybrid" and ranks.world_size % ranks.local_world_size:
+        raise UserError(
+            f"--student_sharding hybrid: {ranks.world_size} ranks are no multiple of this node's "
+            f"{ranks.local_world_size}; start equally many on each node, or take fsdp"
+        )
+    if config.teacher.device_strategy == "shard" and config.teacher.teacher_storage_dtype != "auto":
+        raise UserError(
+            f"--teacher_storage_dtype {config.teacher.teacher_storage_dtype}: not with --teacher_device_strategy "
+            f"{config.teacher.teacher_device_strategy}, whose slices are kept in what they compute in; accepted: auto"
+        )
+
+
+def memory_needed(
+    config: Config, info: TeacherInfo, spec: StudentSpec, dtype: torch.dtype, ranks: Ranks, device_bytes: int | None
+) -> tuple[dict[str, float], Placement]:
+    """GB (10⁹ bytes) that each rank's device must hold, by part, and where the teacher is to be.
+
+    Without activations and text: a lower bound.
+
+    Args:
+        dtype: of the teacher's weights as they are kept.
+        device_bytes: a GPU's memory, None without one.
+    """
     with torch.device("meta"):
         student = WanTransformer3DModel.from_config(spec.transformer_config)
         experts = [WanTransformer3DModel.from_config(c) for c in info.transformer_configs.values()]
@@ -130,25 +177,45 @@ def memory_needed(config: Config, info: TeacherInfo, spec: StudentSpec, dtype: t
         return sum(p.numel() for network in networks for p in network.parameters()) / 1e9
 
     # Float32 weights, gradients, and AdamW's two moments; the average is one more copy of the weights.
-    needed = {"student and AdamW": billions(student) * (20 if config.optimization.use_ema else 16)}
-    if config.teacher.teacher_device_strategy != "cpu":
-        needed["teacher"] = billions(*experts) * dtype.itemsize
-    extra = [(extra_bytes(p.objective, p.settings, student, experts), p.objective) for p in config.phases]
-    largest, objective = max(extra)  # phases come one after the other
-    return needed | ({f"{objective}'s own networks": largest / 1e9} if largest else {})
+    slices = {"ddp": 1, "fsdp": ranks.world_size, "hybrid": ranks.local_world_size}[
+        config.optimization.student_sharding
+    ]
+    needed = {"student and AdamW": billions(student) * (20 if config.optimization.use_ema else 16) / slices}
+
+    def own_bytes(phase: Phase) -> float:
+        """What its objective adds, spread as the student is; copies of experts that are sharded, as those."""
+        as_experts = trains_experts(phase.objective) and config.teacher.device_strategy == "shard"
+        added = extra_bytes(phase.objective, phase.settings, student, experts)
+        return added / (ranks.world_size if as_experts else slices)
+
+    # Phases come one after the other.
+    largest, objective = max((own_bytes(phase), phase.objective) for phase in config.phases)
+    own = {f"{objective}'s own networks": largest / 1e9} if largest else {}
+    sizes = [billions(expert) * dtype.itemsize for expert in experts]
+    rest = sum((needed | own).values())
+    placement = choose_placement(
+        config.teacher.device_strategy, ranks, device_bytes, [s * 1e9 for s in sizes], rest * 1e9
+    )
+    blocks = min(c["num_layers"] for c in info.transformer_configs.values())
+    if teacher := resident_bytes(placement.strategy, ranks.world_size, sizes, blocks):
+        needed["teacher"] = teacher
+    return needed | own, placement
+
+
+def gpu_memory(device: torch.device) -> int | None:
+    """Bytes, or None where the device is no GPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def check_memory(needed: dict[str, float], info: TeacherInfo, device: torch.device) -> None:
     """Raises UserError where weights and optimizer alone exceed the GPU."""
-    if device.type != "cuda":
-        return
-    there = torch.cuda.get_device_properties(device).total_memory / 1e9
+    there = (gpu_memory(device) or math.inf) / 1e9
     if sum(needed.values()) > there:
         parts = " and ".join(f"{name} {size:.0f} GB" for name, size in needed.items())
         raise UserError(
             f"--teacher_path {info.name}: each rank needs {parts}, besides activations, and this GPU has "
-            f"{there:.0f} GB; lower num_layers in --student_config, take a smaller teacher, or --teacher_on_cpu "
-            '(slow; with dmd: fake_score = "lora")'
+            f"{there:.0f} GB; spread them over several (--teacher_device_strategy shard, --student_sharding fsdp), "
+            'lower num_layers in --student_config, or take a smaller teacher (with dmd: fake_score = "lora")'
         )
 
 
@@ -195,6 +262,8 @@ def describe(plan: Plan, config: Config, ranks: Ranks) -> str:
         "teacher": f"{info.name} ({experts}, {str(plan.dtype).removeprefix('torch.')}, guidance {w})",
         "student": f"{student['num_layers']} layers × {width}, {plan.spec.height}×{plan.spec.width} pixels, "
         f"{len(plan.grid)} steps at t = {levels}",
+        "spread": f"teacher {plan.placement}, "
+        f"student {settings.student_sharding if ranks.world_size > 1 else 'whole (one rank)'}",
         "runs on": f"{ranks.world_size} × {ranks.device.type}, mixed precision {settings.mixed_precision}",
         "prompts": f"{len(plan.prompts)} from {config.data.data_path}",
         "batch": f"{batch} prompts a step = {settings.train_batch_size} a rank × {ranks.world_size} ranks × "

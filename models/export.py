@@ -46,14 +46,16 @@ def export_student(
     output_dir: Path,
     card: StudentCard,
     dtype: torch.dtype = torch.float32,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write the student as a full pipeline, `output_dir`; an earlier export there is replaced at once.
 
     Args:
-        transformer: unwrapped and whole; weights on any device, in any dtype.
+        transformer: unwrapped; weights on any device, in any dtype.
         scheduler: the few-step scheduler that the student was trained for.
         teacher_folder: the teacher in Diffusers layout, on disk (a hub snapshot's symbolic links are followed).
         dtype: of the weights on disk, but for modules that Diffusers keeps in float32.
+        weights: the transformer's, whole, where it holds but slices of them.
 
     Raises:
         UserError: `output_dir` is the teacher itself, or something other than an export.
@@ -66,7 +68,7 @@ def export_student(
     new.mkdir()
     index = _model_index(_read_json(teacher_folder / "model_index.json"), scheduler)
     _write_json(index, new / "model_index.json")
-    _save_transformer(transformer, new / "transformer", dtype)
+    _save_transformer(transformer, weights or transformer.state_dict(), new / "transformer", dtype)
     scheduler.save_pretrained(new / "scheduler")
     for config in (new / "transformer" / "config.json", new / "scheduler" / "scheduler_config.json"):
         _write_json(without_folders(_read_json(config)), config)
@@ -101,11 +103,12 @@ def _model_index(index: dict, scheduler: SchedulerMixin) -> dict:
     return without_folders({"expand_timesteps": False} | index | changes)
 
 
-def _save_transformer(transformer: WanTransformer3DModel, folder: Path, dtype: torch.dtype) -> None:
+def _save_transformer(
+    transformer: WanTransformer3DModel, weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype
+) -> None:
     """Save through a stock transformer, so that neither class, config nor dtype of the one in training shows."""
     weights = {
-        name: weight.detach().to("cpu", parameter_dtype(name, dtype)).contiguous()
-        for name, weight in transformer.state_dict().items()
+        name: weight.detach().to("cpu", parameter_dtype(name, dtype)).contiguous() for name, weight in weights.items()
     }
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     with torch.device("meta"):

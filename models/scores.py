@@ -1,11 +1,11 @@
 """Fake scores: networks that learn what the student's pictures are like. They start as the teacher's own experts."""
 
-import copy
-
+import torch
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 from torch import nn
 
+from distributed.sharding import copy_network
 from models.teacher import Teacher
 
 ADAPTER = "fake_score"
@@ -19,15 +19,16 @@ def fake_scores(teacher: Teacher, kind: str, rank: int) -> dict[str, nn.Module]:
     Each is at first exactly the expert without guidance.
 
     Args:
-        kind: "full", copies in float32; or "lora", adapters of `rank` on the experts themselves, which share their
-            weights and go on as they were in the teacher's hands.
+        kind: "full", copies in float32, sharded where the experts are; or "lora", adapters of `rank` on the experts
+            themselves, which share their weights and go on as they were in the teacher's hands.
     """
     names = ("fake_score", "fake_score_2")
     remove_adapters(teacher)
     experts = [expert.field.transformer for expert in teacher.experts]
     if kind == "lora":
-        return {name: Adapted(expert, rank) for name, expert in zip(names, experts, strict=False)}
-    copies = [copy.deepcopy(expert).float().requires_grad_(True).train() for expert in experts]
+        fields = [expert.field for expert in teacher.experts]
+        return {name: Adapted(f.transformer, rank, f.device) for name, f in zip(names, fields, strict=False)}
+    copies = [copy_network(expert).float().requires_grad_(True).train() for expert in experts]
     return dict(zip(names, copies, strict=False))
 
 
@@ -48,15 +49,20 @@ def trained_parameters(experts: list[nn.Module], kind: str, rank: int) -> int:
 
 
 class Adapted(nn.Module):
-    """A frozen expert with low-rank adapters that are switched on while it is called through here, and only then."""
+    """A frozen expert with low-rank adapters that are switched on while it is called through here, and only then.
 
-    def __init__(self, transformer: WanTransformer3DModel, rank: int) -> None:
+    Args:
+        device: of the adapters; by default the expert's, which may be elsewhere until it is called.
+    """
+
+    def __init__(self, transformer: WanTransformer3DModel, rank: int, device: torch.device | None = None) -> None:
         super().__init__()
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, init_lora_weights=True)
         transformer.add_adapter(config, adapter_name=ADAPTER)
         for parameter in transformer.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()  # adapters are trained in float32 whatever the expert is in
+                # Adapters are trained in float32 whatever the expert is in.
+                parameter.data = parameter.data.to(device or parameter.device, torch.float32)
         self.transformer = transformer
         self._adapters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
         self._switch_off()

@@ -23,6 +23,7 @@ from distributed.process_group import Ranks
 from tests.test_review import row_of
 from train_distillation import begin_run
 
+ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
 ROOT = Path(__file__).parent.parent
 PROGRAM = str(ROOT / "train_distillation.py")
 PROMPTS = ["a cat", "a dog on a hill", "some bird", "a fish", "five green apples"]
@@ -244,15 +245,14 @@ def test_phases_are_checked_before_the_first_one_runs(random_pipeline_dir, tmp_p
 
 def plan_of(argv: list[str]):
     config = load_config(argv, settings_of)
-    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
-    return config, make_plan(config, ranks)
+    return config, make_plan(config, ALONE)
 
 
 def test_what_no_gpu_can_hold_is_refused_with_the_sum(random_pipeline_dir, tmp_path, monkeypatch):
     config, plan = plan_of([*flags(random_pipeline_dir, tmp_path / "out"), "--use_ema"])
     student = WanTransformer3DModel.from_pretrained(random_pipeline_dir, subfolder="transformer_2")
     parameters = sum(p.numel() for p in student.parameters())
-    needed = memory_needed(config, plan.info, plan.spec, plan.dtype)
+    needed, _ = memory_needed(config, plan.info, plan.spec, plan.dtype, ALONE, None)
     assert needed == pytest.approx({"student and AdamW": 20e-9 * parameters, "teacher": 8e-9 * parameters})
     for there, fits in {27.9e-9: False, 28.1e-9: True}.items():
         card = SimpleNamespace(total_memory=there * parameters * 1e9)

@@ -1,0 +1,102 @@
+"""Networks spread over ranks: the same weights and pictures as when each rank holds them whole."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from config.config import load_config
+from distillation.objective import settings_of
+from distillation.trackers import Trackers
+from distributed.process_group import Ranks
+from distributed.stop import StopSignal
+from tests.ranks import run_ranks
+
+PROMPT_FILE = Path(__file__).parent.parent / "data" / "scene_prompts.txt"
+PROMPTS = ["a cat", "a dog on a hill", "some bird", "a fish", "five green apples"]
+STEPS = 5
+OBJECTIVES = {
+    "velocity": ["--teacher_substeps", "1", "--updates_per_rollout", "2"],
+    "trajectory": ["--teacher_substeps", "2", "--gradient_checkpointing", "--gradient_accumulation_steps", "2"],
+    "trajectory on its own states": ["--teacher_substeps", "1", "--states", "student"],
+    "trajectory from a copy": ["--jumps", "4", "--teach", "student", "--teacher_substeps", "2"],
+    "consistency": ["--target_decay", "0.9", "--teacher_substeps", "2"],
+    "consistency on its own pictures": ["--states", "student", "--target_decay", "0"],
+    "dmd lora": ["--fake_lora_rank", "2", "--fake_updates", "2", "--anchor_weight", "0.1", "--contrast_every", "2"],
+    "dmd full": ["--fake_score", "full", "--fake_updates", "1"],
+}
+SHARDED = ["--student_sharding", "fsdp", "--teacher_device_strategy", "shard"]
+
+
+def go(ranks: Ranks, teacher: Path, out: Path, *more: str) -> None:
+    """A whole run. Rounding shall not be amplified: AdamW's epsilon is large beside what gradients differ by."""
+    from train_distillation import train
+
+    flags = [
+        "--teacher_path", str(teacher), "--data_path", str(PROMPT_FILE), "--output_dir", str(out),
+        "--prompt_cache_dir", str(out.parents[1] / "cache"), "--height", "32", "--width", "32", "--student_steps", "2",
+        "--num_steps", str(STEPS), "--steps_per_epoch", str(STEPS), "--batch_size", "2", "--logging_steps", "1",
+        "--lr", "1e-2", "--adam_epsilon", "1e-2",
+        "--use_ema", "--score", "none", "--sample_prompts", *PROMPTS, *more,
+    ]  # fmt: skip
+    config = load_config(flags, settings_of)
+    with Trackers(config.run, ranks.is_main) as trackers:
+        train(config, ranks, trackers, StopSignal())
+
+
+def _whole_and_sharded(ranks: Ranks, teacher: Path, folder: Path, names: list[str]) -> None:
+    for name in names:
+        own = ["--objective", name.split()[0], *OBJECTIVES[name]]
+        go(ranks, teacher, folder / name / "whole", *own)
+        go(ranks, teacher, folder / name / "sharded", *own, *SHARDED)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_every_objective_learns_and_draws_the_same_sharded(half, random_pipeline_dir, tmp_path):
+    names = list(OBJECTIVES)[half::2]
+    run_ranks(_whole_and_sharded, 2, random_pipeline_dir, tmp_path, names, limit=300)
+    for name in names:
+        whole, sharded = tmp_path / name / "whole", tmp_path / name / "sharded"
+        same_state(whole, sharded)
+        same_pictures(whole, sharded)
+
+
+def same_state(whole: Path, sharded: Path) -> None:
+    """Weights, averages, moments and what objectives keep, in the last checkpoint; what is exported and logged."""
+    expected, got = tensors_of(whole / "checkpoints"), tensors_of(sharded / "checkpoints")
+    assert expected.keys() == got.keys() and {key.split("/")[1] for key in got} >= {"student", "ema", "trained_student"}
+    expected |= tensors_of(whole / "student" / "transformer")
+    got |= tensors_of(sharded / "student" / "transformer")
+    for name in expected:
+        assert (expected[name] - got[name]).abs().max() < 1e-5, f"{whole.parent.name}: {name}"
+    rows, sharded_rows = rows_of(whole), rows_of(sharded)
+    assert len(rows) == len(sharded_rows) == STEPS
+    for row, sharded_row in zip(rows, sharded_rows, strict=True):
+        assert row == pytest.approx(sharded_row, rel=1e-3, abs=1e-5)
+
+
+def same_pictures(whole: Path, sharded: Path) -> None:
+    pictures = sorted(path.name for path in (whole / "samples").glob("*_rank_*.png"))
+    assert len(pictures) == len(PROMPTS)
+    for name in pictures:
+        one, other = (np.asarray(Image.open(out / "samples" / name), dtype=int) for out in (whole, sharded))
+        assert one.std() > 1 and np.abs(one - other).max() <= 1
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.parent.relative_to(folder)}/{name}": tensor.double()
+        for file in folder.rglob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def rows_of(out: Path) -> list[dict]:
+    """What was logged, but for words and what the clock says."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    ignored = {"step_seconds", "samples_per_second", "objective"}
+    return [{key: value for key, value in row.items() if key not in ignored} for row in rows]
