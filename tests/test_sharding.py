@@ -1,6 +1,7 @@
 """Networks spread over ranks: the same weights and pictures as when each rank holds them whole."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,14 @@ from config.config import load_config
 from distillation.objective import settings_of
 from distillation.trackers import Trackers
 from distributed.process_group import Ranks
+from distributed.sharding import copy_network, gradients, whole, whole_weights, wrap
 from distributed.stop import StopSignal
+from models.teacher import load_transformer
 from tests.ranks import run_ranks
 
 PROMPT_FILE = Path(__file__).parent.parent / "data" / "scene_prompts.txt"
 PROMPTS = ["a cat", "a dog on a hill", "some bird", "a fish", "five green apples"]
+ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
 STEPS = 5
 OBJECTIVES = {
     "velocity": ["--teacher_substeps", "1", "--updates_per_rollout", "2"],
@@ -100,3 +104,80 @@ def rows_of(out: Path) -> list[dict]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     ignored = {"step_seconds", "samples_per_second", "objective"}
     return [{key: value for key, value in row.items() if key not in ignored} for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------ going on
+
+KILLED = 3  # after this step
+
+
+def _straight_and_resumed(ranks: Ranks, teacher: Path, folder: Path) -> None:
+    """A sharded run, and two that go on after its third step: sharded, and whole."""
+    own = ["--objective", "dmd", *OBJECTIVES["dmd full"], "--checkpoints_total_limit", "9"]
+    go(ranks, teacher, folder / "straight", *own, *SHARDED, "--checkpointing_steps", str(KILLED))
+    own += ["--resume_from_checkpoint", str(checkpoint_of(folder / "straight", KILLED))]
+    go(ranks, teacher, folder / "sharded", *own, *SHARDED)
+    go(ranks, teacher, folder / "whole", *own)
+
+
+def checkpoint_of(out: Path, step: int) -> Path:
+    return out / "checkpoints" / f"step_{step:08d}"
+
+
+def test_goes_on_bit_for_bit_sharded_and_closely_otherwise(random_pipeline_dir, tmp_path):
+    run_ranks(_straight_and_resumed, 2, random_pipeline_dir, tmp_path, limit=300)
+    expected = tensors_of(checkpoint_of(tmp_path / "straight", STEPS))
+    same, close = (tensors_of(checkpoint_of(tmp_path / name, STEPS)) for name in ("sharded", "whole"))
+    assert expected.keys() == same.keys() == close.keys() and "trained_fake_score" in {k.split("/")[0] for k in same}
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, same[name]), name
+        assert (tensor - close[name]).abs().max() < 1e-5, name
+    # One rank alone has other batches; what it goes on from is the same: here it only exports that.
+    at_end = ["--num_steps", str(KILLED), "--resume_from_checkpoint", str(checkpoint_of(tmp_path / "straight", KILLED))]
+    go(ALONE, random_pipeline_dir, tmp_path / "alone", "--objective", "dmd", *OBJECTIVES["dmd full"], *SHARDED, *at_end)
+    averages = tensors_of(checkpoint_of(tmp_path / "straight", KILLED) / "ema")
+    exported = tensors_of(tmp_path / "alone" / "student" / "transformer")
+    assert [t.tolist() for t in sorted(averages.values(), key=norm)] == [
+        t.tolist() for t in sorted(exported.values(), key=norm)
+    ]
+
+
+def norm(tensor: torch.Tensor) -> float:
+    return tensor.norm().item()
+
+
+# ------------------------------------------------------------------------------------------------ single parts
+
+
+def _parts(ranks: Ranks, folder: Path) -> dict:
+    """Two nodes of one rank each, as far as hybrid sharding can tell."""
+    student = load_transformer(folder, "transformer", torch.float32).requires_grad_(True)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    wrapped = wrap(student, replace(ranks, local_world_size=1), "hybrid")
+    twin = copy_network(student)
+    latents, t, text = torch.randn(1, 16, 1, 4, 4), torch.tensor([500.0]), torch.ones(1, 5, 17)
+    gradients_of = {}
+    for travel in (False, True):
+        with gradients(wrapped, travel):
+            (wrapped(latents * (1 + ranks.rank), t, text, return_dict=False)[0]).square().mean().backward()
+        gradients_of[travel] = whole(student.proj_out.weight.grad) if student.proj_out.weight.grad is not None else None
+    with torch.no_grad():
+        student.proj_out.weight.mul_(2)
+        same = twin(latents, t, text, return_dict=False)[0]
+    weights = whole_weights(twin)
+    return {
+        "hybrid_mesh": student.proj_out.weight.device_mesh.mesh.tolist(),
+        "waits": gradients_of[False] is None,
+        "gradient": gradients_of[True].tolist(),
+        "twin_is_untouched": all(torch.equal(weights[name], before[name]) for name in weights),
+        "twin": same.tolist(),
+        "rank_0_has_it": len(weights),
+    }
+
+
+def test_hybrid_meshes_copies_and_gradients_that_wait(random_pipeline_dir):
+    first, second = run_ranks(_parts, 2, random_pipeline_dir)
+    assert first["hybrid_mesh"] == [[0], [1]]
+    assert first["waits"] and second["waits"], "between nodes gradients travel with the last micro-batch"
+    assert first["gradient"] == second["gradient"]
+    assert first["twin_is_untouched"] and first["rank_0_has_it"] > 50 and not second["rank_0_has_it"]
