@@ -8,7 +8,7 @@ from torch import nn
 from distributed.process_group import Ranks
 from distributed.sharding import shard_frozen
 
-FILLED = 0.8  # share of a GPU's memory that weights and optimizer may take; activations need the rest
+FILLED = 0.85  # share of a GPU's memory that weights and optimizer may take; activations need the rest
 
 
 class Placement(NamedTuple):
@@ -95,7 +95,7 @@ def keep_one_resident(networks: list[nn.Module], device: torch.device) -> None:
             for tensor, home in at_home[leaving]:
                 tensor.data = home
         for tensor, home in at_home[network]:
-            tensor.data = home.to(device, non_blocking=True)
+            tensor.data = home.to(device, non_blocking=True, copy=True)
         resident[:] = [network]
 
     for network in networks:

@@ -128,7 +128,7 @@ class ParallelSampler:
         teacher_rows: Iterable[dict] = (),
     ) -> None:
         self.vae, self.latent_shape, self.folder, self.ranks = vae, latent_shape, folder, ranks
-        self.batch_size = self.decode_batch_size = batch_size or DEFAULT_BATCH_SIZE
+        self.batch_size = self.decode_batch_size = self._common_batch_size = batch_size or DEFAULT_BATCH_SIZE
         # Decoding runs beside the next batch's drawing, not in its queue.
         self._stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
         # Contact sheet and page are drawn on rank 0 while training goes on.
@@ -310,10 +310,11 @@ class ParallelSampler:
         self, round_: Round, field: VelocityField, text: list[torch.Tensor], indices: list[int], rows: dict[int, Row]
     ) -> Iterator[tuple[list[int], torch.Tensor, float]]:
         """The same with equally many batches on every rank. Raises what goes wrong: alone, no rank can try again."""
-        for start in range(0, len(share(len(round_.prompts), 0, self.ranks.world_size)), self.batch_size):
+        most, size = len(share(len(round_.prompts), 0, self.ranks.world_size)), self._common_batch_size
+        for start in range(0, most, size):
             if self._stop and self._stop.agreed():
                 return
-            batch = indices[start : start + self.batch_size]
+            batch = indices[start : start + size]
             drawn = batch or [0]  # a picture that nobody keeps
             started = time.perf_counter()
             try:
