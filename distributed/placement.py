@@ -32,7 +32,9 @@ def choose_placement(asked: str, ranks: Ranks, memory: int | None, experts: list
     if memory is None and asked != "cpu":
         if asked == "shard" and ranks.world_size > 1:
             return Placement("shard")
-        why = {"auto": "no GPU", "replicate": "", "shard": "one rank alone"}.get(asked, f"{asked} needs a GPU")
+        why = {"auto": "no CUDA device", "replicate": "", "shard": "one rank alone"}.get(
+            asked, f"{asked} needs a CUDA device"
+        )
         return Placement("replicate", why)
     if asked == "shard" and ranks.world_size == 1:
         return Placement("replicate", "one rank alone")

@@ -25,22 +25,22 @@ def ranks_of(world_size: int) -> Ranks:
 @pytest.mark.parametrize(
     ("asked", "world_size", "memory", "strategy", "why"),
     [
-        ("auto", 1, None, "replicate", "no GPU"),
+        ("auto", 1, None, "replicate", "no CUDA device"),
         ("shard", 2, None, "shard", ""),
         ("shard", 1, 80, "replicate", "one rank alone"),
-        ("offload", 1, None, "replicate", "offload needs a GPU"),
-        ("group_offload", 4, None, "replicate", "group_offload needs a GPU"),
+        ("offload", 1, None, "replicate", "offload needs a CUDA device"),
+        ("group_offload", 4, None, "replicate", "group_offload needs a CUDA device"),
         ("cpu", 1, None, "cpu", ""),
         ("offload", 1, 80, "offload", ""),
-        ("auto", 1, 96, "replicate", "it fits: 57.2 GB beside 10 GB on a GPU of 96 GB"),
-        ("auto", 8, 80, "shard", "it does not fit whole: 57.2 GB beside 10 GB on a GPU of 80 GB"),
-        ("auto", 1, 80, "offload", "one expert fits, two do not: 57.2 GB beside 10 GB on a GPU of 80 GB"),
-        ("auto", 1, 24, "group_offload", "not even one expert fits: 57.2 GB beside 10 GB on a GPU of 24 GB"),
+        ("auto", 1, 96, "replicate", "it fits: 57.2 GB beside 15 GB on a GPU of 96 GB"),
+        ("auto", 8, 80, "shard", "it does not fit whole: 57.2 GB beside 15 GB on a GPU of 80 GB"),
+        ("auto", 1, 80, "offload", "one expert fits, two do not: 57.2 GB beside 15 GB on a GPU of 80 GB"),
+        ("auto", 1, 24, "group_offload", "not even one expert fits: 57.2 GB beside 15 GB on a GPU of 24 GB"),
     ],
 )
 def test_where_two_experts_of_14_billion_go(asked, world_size, memory, strategy, why):
     experts = [28.6 * GB, 28.6 * GB]
-    chosen = choose_placement(asked, ranks_of(world_size), memory and memory * GB, experts, 10 * GB)
+    chosen = choose_placement(asked, ranks_of(world_size), memory and memory * GB, experts, 15 * GB)
     assert chosen == (strategy, why)
 
 

@@ -1,8 +1,10 @@
 """Networks spread over ranks: the same weights and pictures as when each rank holds them whole."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,27 +22,20 @@ from distributed.sharding import copy_network, gradients, whole, whole_weights, 
 from distributed.stop import StopSignal
 from models.teacher import load_transformer
 from tests.ranks import run_ranks
+from tests.test_train import PROGRAM, ROOT, torchrun
 
-PROMPTS = ["a cat", "a dog on a hill", "some bird", "a fish", "five green apples"]
+PROMPTS = ("a cat", "a dog on a hill", "some bird", "a fish", "five green apples")
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
 STEPS = 5
 OBJECTIVES = {
-    "velocity": [
-        "--teacher_substeps",
-        "1",
-        "--updates_per_rollout",
-        "2",
-        "--sample_teacher",
-        "--sample_batch_size",
-        "1",
-    ],
-    "trajectory": ["--teacher_substeps", "2", "--gradient_checkpointing", "--gradient_accumulation_steps", "2"],
-    "trajectory on its own states": ["--teacher_substeps", "1", "--states", "student"],
-    "trajectory from a copy": ["--jumps", "4", "--teach", "student", "--teacher_substeps", "2"],
-    "consistency": ["--target_decay", "0.9", "--teacher_substeps", "2"],
-    "consistency on its own pictures": ["--states", "student", "--target_decay", "0"],
-    "dmd lora": ["--fake_lora_rank", "2", "--fake_updates", "2", "--anchor_weight", "0.1", "--contrast_every", "2"],
-    "dmd full": ["--fake_score", "full", "--fake_updates", "1", "--teacher_dtype", "bfloat16"],
+    "velocity": "--teacher_substeps 1 --updates_per_rollout 2 --sample_teacher --sample_batch_size 1",
+    "trajectory": "--teacher_substeps 2 --gradient_checkpointing --gradient_accumulation_steps 2",
+    "trajectory on its own states": "--teacher_substeps 1 --states student",
+    "trajectory from a copy": "--jumps 4 --teach student --teacher_substeps 2",
+    "consistency": "--target_decay 0.9 --teacher_substeps 2",
+    "consistency on its own pictures": "--states student --target_decay 0",
+    "dmd lora": "--fake_lora_rank 2 --fake_updates 2 --anchor_weight 0.1 --contrast_every 2",
+    "dmd full": "--fake_score full --fake_updates 1 --teacher_dtype bfloat16",
 }
 SHARDED = ["--student_sharding", "fsdp", "--teacher_device_strategy", "shard"]
 
@@ -52,25 +47,29 @@ def home(tmp_path) -> Path:
     return tmp_path
 
 
-def go(ranks: Ranks, teacher: Path, home: Path, out: str, *more: str) -> None:
-    """A whole run in home/out. AdamW's epsilon is large, or it would amplify what small gradients are rounded by."""
-    from train_distillation import train
-
-    flags = [
+def flags_of(teacher: Path, home: Path, out: str, *more: str, prompts: tuple[str, ...] = PROMPTS) -> list[str]:
+    """A run in home/out. AdamW's epsilon is large, or it would amplify what small gradients are rounded by."""
+    return [
         "--teacher_path", str(teacher), "--data_path", str(home / "prompts.txt"), "--output_dir", str(home / out),
         "--prompt_cache_dir", str(home / "cache"), "--height", "32", "--width", "32", "--student_steps", "2",
         "--num_steps", str(STEPS), "--steps_per_epoch", str(STEPS), "--batch_size", "2", "--logging_steps", "1",
-        "--lr", "1e-2", "--adam_epsilon", "1e-2",
-        "--use_ema", "--sample_teacher_steps", "2", "--score", "none", "--sample_prompts", *PROMPTS, *more,
+        "--lr", "1e-2", "--adam_epsilon", "1e-2", "--use_ema", "--sample_teacher_steps", "2", "--score", "none",
+        "--sample_prompts", *prompts, *more,
     ]  # fmt: skip
-    config = load_config(flags, settings_of)
+
+
+def go(ranks: Ranks, *given: Any) -> None:
+    """The whole of `flags_of(*given)`."""
+    from train_distillation import train
+
+    config = load_config(flags_of(*given), settings_of)
     with Trackers(config.run, ranks.is_main) as trackers:
         train(config, ranks, trackers, StopSignal())
 
 
 def _whole_and_sharded(ranks: Ranks, teacher: Path, home: Path, names: list[str]) -> None:
     for name in names:
-        own = ["--objective", name.split()[0], *OBJECTIVES[name]]
+        own = ["--objective", name.split()[0], *OBJECTIVES[name].split()]
         go(ranks, teacher, home, f"{name}/whole", *own)
         go(ranks, teacher, home, f"{name}/sharded", *own, *SHARDED)
 
@@ -94,7 +93,7 @@ def same_state(whole: Path, sharded: Path) -> None:
     for name in expected:
         assert (expected[name] - got[name]).abs().max() < 1e-5, f"{whole.parent.name}: {name}"
     rows, sharded_rows = rows_of(whole), rows_of(sharded)
-    assert len(rows) == len(sharded_rows) == STEPS
+    assert len(rows) == len(sharded_rows) == STEPS and rows[0]["loss"] != rows[-1]["loss"]
     for row, sharded_row in zip(rows, sharded_rows, strict=True):
         assert row == pytest.approx(sharded_row, rel=1e-3, abs=1e-5)
 
@@ -123,6 +122,30 @@ def rows_of(out: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in ignored} for row in rows]
 
 
+# ------------------------------------------------------------------------------------------------ as people run it
+
+
+@pytest.mark.torchrun
+def test_one_prompt_on_two_ranks_does_not_hang(random_pipeline_dir, home):
+    how = ["--student_sharding", "hybrid", "--teacher_device_strategy", "balanced", "--sample_teacher"]
+    flags = flags_of(random_pipeline_dir, home, "out", "--teacher_substeps", "1", *how, prompts=PROMPTS[:1])
+    done = torchrun(PROGRAM, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "balanced means shard now" in done.stdout and "teacher shard, student hybrid" in done.stdout
+    drawn = {path.name for path in (home / "out" / "samples").glob("*_rank_*.png")}
+    assert drawn == {"teacher_rank_0_sample_00.png", "epoch_0001_rank_0_sample_00.png"}
+
+
+@pytest.mark.torchrun
+def test_failing_rank_ends_the_job_though_the_other_waits_inside_a_forward(random_pipeline_dir, home):
+    started = time.monotonic()
+    flags = flags_of(random_pipeline_dir, home, "out", "--teacher_substeps", "1", *SHARDED)
+    done = torchrun(str(ROOT / "tests" / "faulty_rank.py"), *flags)
+    assert done.returncode != 0
+    assert "rank 1 failed: RuntimeError: a fault put here by the test" in done.stderr
+    assert time.monotonic() - started < 60
+
+
 # ------------------------------------------------------------------------------------------------ going on
 
 KILLED = 3  # after this step
@@ -130,7 +153,7 @@ KILLED = 3  # after this step
 
 def _straight_and_resumed(ranks: Ranks, teacher: Path, home: Path) -> None:
     """A sharded run, and two that go on after its third step: sharded, and whole."""
-    own = ["--objective", "dmd", *OBJECTIVES["dmd full"], "--checkpoints_total_limit", "9"]
+    own = ["--objective", "dmd", *OBJECTIVES["dmd full"].split(), "--checkpoints_total_limit", "9"]
     go(ranks, teacher, home, "straight", *own, *SHARDED, "--checkpointing_steps", str(KILLED))
     own += ["--resume_from_checkpoint", str(checkpoint_of(home / "straight", KILLED))]
     go(ranks, teacher, home, "sharded", *own, *SHARDED)
@@ -151,7 +174,17 @@ def test_goes_on_bit_for_bit_sharded_and_closely_otherwise(random_pipeline_dir, 
         assert (tensor - close[name]).abs().max() < 1e-5, name
     # One rank alone has other batches; what it goes on from is the same: here it only exports that.
     at_end = ["--num_steps", str(KILLED), "--resume_from_checkpoint", str(checkpoint_of(home / "straight", KILLED))]
-    go(ALONE, random_pipeline_dir, home, "alone", "--objective", "dmd", *OBJECTIVES["dmd full"], *SHARDED, *at_end)
+    go(
+        ALONE,
+        random_pipeline_dir,
+        home,
+        "alone",
+        "--objective",
+        "dmd",
+        *OBJECTIVES["dmd full"].split(),
+        *SHARDED,
+        *at_end,
+    )
     averages = tensors_of(checkpoint_of(home / "straight", KILLED) / "ema")
     student = WanTransformer3DModel.from_pretrained(home / "alone" / "student", subfolder="transformer")
     for i, parameter in enumerate(student.parameters()):
