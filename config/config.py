@@ -66,8 +66,8 @@ class TeacherConfig:
     teacher_device_strategy: str = setting(
         "auto",
         "replicate: whole on each rank's device; shard: spread over all ranks; offload: the expert in use on the GPU, "
-        "the other in host memory; group_offload: block by block from host memory; cpu: off the GPU, slowly; auto: the "
-        "first of these that fits",
+        "the other in host memory; group_offload: block by block from host memory; cpu: off the GPU, slowly; auto: "
+        "replicate where it fits, else shard on several ranks, and offload or group_offload on one",
         choices=("auto", "replicate", "shard", "offload", "group_offload", "cpu", *OLD_STRATEGIES),
         shorthand=("teacher_on_cpu", "cpu"),
     )
