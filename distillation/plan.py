@@ -258,8 +258,10 @@ def describe(plan: Plan, config: Config, ranks: Ranks) -> str:
     phases = ", then ".join(f"{p.objective} × {p.steps} steps at lr {p.learning_rate:g}" for p in plan.phases)
     shares = [len(share(len(plan.sample_prompts), r, ranks.world_size)) for r in range(ranks.world_size)]
     levels = ", ".join(f"{sigma:.3g}" for sigma in plan.grid.sigmas[:-1])
+    dtype = str(plan.dtype).removeprefix("torch.")
+    dtype += f" kept in {config.teacher.teacher_storage_dtype}" if plan.storage_dtype else ""
     lines = {
-        "teacher": f"{info.name} ({experts}, {str(plan.dtype).removeprefix('torch.')}, guidance {w})",
+        "teacher": f"{info.name} ({experts}, {dtype}, guidance {w})",
         "student": f"{student['num_layers']} layers × {width}, {plan.spec.height}×{plan.spec.width} pixels, "
         f"{len(plan.grid)} steps at t = {levels}",
         "spread": f"teacher {plan.placement}, "
