@@ -177,9 +177,8 @@ def memory_needed(
         return sum(p.numel() for network in networks for p in network.parameters()) / 1e9
 
     # Float32 weights, gradients, and AdamW's two moments; the average is one more copy of the weights.
-    slices = {"ddp": 1, "fsdp": ranks.world_size, "hybrid": ranks.local_world_size}[
-        config.optimization.student_sharding
-    ]
+    by_sharding = {"ddp": 1, "fsdp": ranks.world_size, "hybrid": ranks.local_world_size}
+    slices = by_sharding[config.optimization.student_sharding]
     needed = {"student and AdamW": billions(student) * (20 if config.optimization.use_ema else 16) / slices}
 
     def own_bytes(phase: Phase) -> float:

@@ -173,18 +173,9 @@ def test_goes_on_bit_for_bit_sharded_and_closely_otherwise(random_pipeline_dir, 
         assert torch.equal(tensor, same[name]), name
         assert (tensor - close[name]).abs().max() < 1e-5, name
     # One rank alone has other batches; what it goes on from is the same: here it only exports that.
-    at_end = ["--num_steps", str(KILLED), "--resume_from_checkpoint", str(checkpoint_of(home / "straight", KILLED))]
-    go(
-        ALONE,
-        random_pipeline_dir,
-        home,
-        "alone",
-        "--objective",
-        "dmd",
-        *OBJECTIVES["dmd full"].split(),
-        *SHARDED,
-        *at_end,
-    )
+    own = ["--objective", "dmd", *OBJECTIVES["dmd full"].split(), "--num_steps", str(KILLED)]
+    own += ["--resume_from_checkpoint", str(checkpoint_of(home / "straight", KILLED))]
+    go(ALONE, random_pipeline_dir, home, "alone", *own, *SHARDED)
     averages = tensors_of(checkpoint_of(home / "straight", KILLED) / "ema")
     student = WanTransformer3DModel.from_pretrained(home / "alone" / "student", subfolder="transformer")
     for i, parameter in enumerate(student.parameters()):
@@ -229,7 +220,7 @@ def _parts(ranks: Ranks, folder: Path) -> dict:
 
 
 def test_hybrid_meshes_copies_gradients_that_wait_and_steps_that_are_skipped(random_pipeline_dir):
-    first, second = run_ranks(_parts, 2, random_pipeline_dir)
+    first, second = run_ranks(_parts, 2, random_pipeline_dir, limit=300)
     assert first["hybrid_mesh"] == [[0], [1]]
     assert first["steps"] == second["steps"] == [(False, False, 2.0**15), (True, True, 2.0**15)]
     assert first["waits"] and second["waits"], "between nodes gradients travel with the last micro-batch"
