@@ -41,9 +41,10 @@ from distillation.plan import Plan, describe, make_plan, read_sample_prompts
 from distillation.progress import Progress
 from distillation.resume import Position, Resumed, keep_rows_until, phase_ends, state_of
 from distillation.trackers import Trackers, chosen_trackers
-from distillation.trained import Trained
+from distillation.trained import PRECISION, Trained, wrap_trained
 from distributed.checkpoint import LATEST, Checkpoints, find_checkpoint
 from distributed.failure import fail, first_failure, stand_back, stop_watching, watch_the_others
+from distributed.placement import place
 from distributed.process_group import (
     Ranks,
     barrier,
@@ -55,7 +56,7 @@ from distributed.process_group import (
     mean_over_ranks,
     on_main,
 )
-from distributed.sharding import wrap
+from distributed.sharding import gradients, is_sharded, whole_weights
 from distributed.stop import Stopped, StopSignal
 from models.adapters import Adapted
 from models.compiling import compile_blocks
@@ -83,7 +84,6 @@ LOOKING = -1  # in place of an update's number, in the noise with which an objec
 MISTAKE_SECONDS = 5.0  # in which rank 0 says a mistake that others made too
 PROMPTS_NAMED = 4  # of a step that was skipped
 PLAIN_DDIM_STEPS = 10  # where a pipeline does not say how it draws
-PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @record  # leaves the failing rank's traceback where torchrun looks for it
@@ -163,12 +163,14 @@ def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) ->
 
     # Teacher and student. One seed for weights: what is fresh in the student is alike on every rank.
     torch.manual_seed(config.run.seed)
-    teacher_device = torch.device("cpu") if config.teacher.teacher_device_strategy == "cpu" else ranks.device
-    teacher = load_teacher(plan.info, teacher_device, plan.dtype, text[len(all_prompts) - 1], *plan.guidance)
-    student = make_student(config, plan, teacher, ranks)
-    if config.optimization.compile:
-        compile_blocks(student, *(expert.field.transformer for expert in teacher.experts))
-    wrapped = wrap(student, ranks)
+    teacher = load_teacher(plan.info, torch.device("cpu"), plan.dtype, text[len(all_prompts) - 1], *plan.guidance)
+    if config.student.lora_rank:  # goes on an expert where that is to stay
+        place_teacher(teacher, config, plan, ranks)
+        student = make_lora(config, plan, teacher, ranks)
+    else:  # is made from one that is whole
+        student = make_student(config, plan, teacher, ranks)
+        place_teacher(teacher, config, plan, ranks)
+    wrapped = wrap_trained(student, config.optimization, ranks)
     barrier()  # all ranks: the first all-reduce is not started while a slower rank still reads weights
     stop.check()
 
@@ -179,7 +181,7 @@ def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) ->
     # Training goes through the wrapper, pictures through the bare module: a wrapper's forward may be a collective,
     # and the ranks draw unequal shares.
     def as_field(network: torch.nn.Module, dtype: torch.dtype) -> WanVelocity:
-        return WanVelocity(network, expand, dtype, autocast)
+        return WanVelocity(network, expand, dtype, autocast, ranks.device)
 
     sampler = None
     if plan.sample_prompts:
@@ -187,7 +189,7 @@ def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) ->
         teacher_rows = [row for row in earlier if row["weights"] == "teacher"]
         sampler = make_sampler(config, plan.info, plan.spec.height, plan.spec.width, ranks, stop, teacher_rows)
     if sampler and config.sampling.sample_teacher and not resumed:
-        draw(sampler, teacher_round(config, plan), teacher, sample_text, trackers)  # all ranks
+        draw(sampler, teacher_round(config, plan), teacher, sample_text, trackers, teacher.in_step)  # all ranks
 
     settings = config.optimization
     run = Run(
@@ -223,9 +225,11 @@ def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) ->
             continue
         train_phase(run, number, phase, resumed if resumed and number == resumed.position.phase else None)
         gc.collect()  # a phase's optimizers and networks hang in cycles, and the next phase needs their memory
-        # Rank 0 writes, and tells the others whether it worked.
+        # All ranks gather what is sharded; rank 0 writes, and tells the others whether it worked.
         with run.shipped_weights():
-            on_main(ranks, lambda: export(config, plan, student, run.step, run.done, ranks))
+            weights = whole_weights(student)
+            on_main(ranks, lambda weights=weights: export(config, plan, student, weights, run.step, run.done, ranks))
+            del weights
     run.progress.close()
     run.checkpoints.finish()
     if sampler:
@@ -296,7 +300,7 @@ def train_phase(run: Run, number: int, phase: Phase, resumed: Resumed | None) ->
         with run.progress.paused(), run.shipped_weights():
             round_ = student_round(run.config, plan, run.step, number)
             student = run.setup.as_field(run.setup.network, run.setup.dtype)
-            draw(run.sampler, round_, student, run.sample_text, run.trackers)
+            draw(run.sampler, round_, student, run.sample_text, run.trackers, is_sharded(run.setup.network))
 
     if resumed:
         resumed.restore_phase(objective, trained)
@@ -362,9 +366,8 @@ def optimization_step(
         network, losses, figures = trained[name], [], {}
         for micro_step, batch in enumerate(batches):
             noise = Noise(seed, ranks.rank, step, update, micro_step, latent_shape, ranks.device)
-            # Gradients travel once an update: with the last micro-batch. no_sync must enclose the forward too.
-            travels = micro_step == len(batches) - 1 or ranks.world_size == 1
-            with nullcontext() if travels else network.wrapped.no_sync():
+            # Gradients travel once an update: with the last micro-batch.
+            with gradients(network.wrapped, travel=micro_step == len(batches) - 1):
                 loss, extra = objective.loss(name, batch, noise)
                 network.scaler.scale(loss / len(batches)).backward()
             losses.append(loss.detach())
@@ -429,21 +432,46 @@ def encode_all(
     return text
 
 
-def make_student(config: Config, plan: Plan, teacher: Teacher, ranks: Ranks) -> WanTransformer3DModel | Adapted:
-    """The student in float32 on the rank's device, made from the teacher's weights; says what came from where. With
-    --lora_rank, adapters on the teacher's own expert."""
-    source = teacher.experts[list(plan.info.transformer_configs).index(plan.spec.init_from)].field.transformer
-    if config.student.lora_rank:
-        student = Adapted(source, "student", config.student.lora_rank, config.student.lora_alpha)
-        trained, frozen = (sum(p.numel() for p in network.parameters()) for network in (student, source))
-        say(ranks, f"{trained:,} parameters of adapters on the {frozen - trained:,} of {plan.spec.init_from}, shared")
-    else:
-        student, rows = build_student(plan.spec, source, torch.float32)
-        say(ranks, describe_init(rows))
-        student = fold_text_attention(student).to(ranks.device).train()
+def make_student(config: Config, plan: Plan, teacher: Teacher, ranks: Ranks) -> WanTransformer3DModel:
+    """A student of its own in float32 on the CPU, made from the teacher's weights; says what came from where."""
+    student, rows = build_student(plan.spec, init_expert(plan, teacher), torch.float32)
+    say(ranks, describe_init(rows))
+    if config.optimization.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    student = fold_text_attention(student).train()
+    if config.optimization.compile:
+        compile_blocks(student)
+    return student
+
+
+def make_lora(config: Config, plan: Plan, teacher: Teacher, ranks: Ranks) -> Adapted:
+    """A student of adapters, in float32, on the teacher's own expert."""
+    expert = init_expert(plan, teacher)
+    student = Adapted(expert, "student", config.student.lora_rank, config.student.lora_alpha)
+    trained, frozen = (sum(p.numel() for p in network.parameters()) for network in (student, expert))
+    say(ranks, f"{trained:,} parameters of adapters on the {frozen - trained:,} of {plan.spec.init_from}, shared")
     if config.optimization.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     return student
+
+
+def init_expert(plan: Plan, teacher: Teacher) -> WanTransformer3DModel:
+    """The expert that the student is made from, or of."""
+    return teacher.experts[list(plan.info.transformer_configs).index(plan.spec.init_from)].field.transformer
+
+
+def place_teacher(teacher: Teacher, config: Config, plan: Plan, ranks: Ranks) -> None:
+    """The experts, loaded on the CPU, to where --teacher_device_strategy wants them. All ranks."""
+    experts, strategy = [expert.field.transformer for expert in teacher.experts], plan.placement.strategy
+    if config.optimization.compile:  # before they are sharded
+        compile_blocks(*experts)
+    if plan.storage_dtype:
+        for expert in experts:
+            expert.enable_layerwise_casting(storage_dtype=plan.storage_dtype, compute_dtype=plan.dtype)
+    place(experts, strategy, ranks)
+    teacher.in_step = strategy == "shard"
+    for expert in teacher.experts:
+        expert.field.device = torch.device("cpu") if strategy == "cpu" else ranks.device
 
 
 def make_sampler(
@@ -506,10 +534,15 @@ def teacher_round(config: Config, plan: Plan) -> Round:
 
 
 def draw(
-    sampler: ParallelSampler, round_: Round, velocity: VelocityField, text: list[torch.Tensor], trackers: Trackers
+    sampler: ParallelSampler,
+    round_: Round,
+    velocity: VelocityField,
+    text: list[torch.Tensor],
+    trackers: Trackers,
+    in_step: bool = False,
 ) -> None:
-    """A round of pictures, also for the trackers. All ranks."""
-    rows = [asdict(row) for row in sampler.draw(round_, velocity, text)]
+    """A round of pictures, also for the trackers. All ranks. `in_step`: the velocity is a sharded network's."""
+    rows = [asdict(row) for row in sampler.draw(round_, velocity, text, in_step)]
     trackers.log_round(round_.step, rows, sampler.folder, means(rows))
 
 
@@ -637,11 +670,18 @@ def versions() -> dict[str, str]:
 
 
 def export(
-    config: Config, plan: Plan, student: WanTransformer3DModel | Adapted, step: int, phases: list[str], ranks: Ranks
+    config: Config,
+    plan: Plan,
+    student: WanTransformer3DModel | Adapted,
+    weights: dict[str, torch.Tensor],
+    step: int,
+    phases: list[str],
+    ranks: Ranks,
 ) -> None:
     """The student as a Diffusers pipeline, or as a LoRA, in output_dir/student. Rank 0 only; no collective.
 
     Args:
+        weights: the student's, whole.
         phases: those behind it, in words.
     """
     sections = [section for section in config.to_dict().values() if isinstance(section, dict)]
@@ -667,7 +707,7 @@ def export(
     if as_lora:
         export_lora(student, scheduler, plan.info.folder, folder, card)
     else:
-        export_student(student, scheduler, plan.info.folder, folder, card, dtype)
+        export_student(student, scheduler, plan.info.folder, folder, card, dtype, weights)
 
 
 def launcher(ranks: Ranks) -> list[str]:

@@ -35,6 +35,7 @@ from config.settings import (
 DEFAULT_OBJECTIVE = "trajectory"
 DEFAULT_SCORE_DEADLINE = 300.0  # seconds
 DEFAULT_NUM_STEPS = 1000  # where neither steps nor epochs are given
+OLD_STRATEGIES = {"balanced": "shard", "gpu0": "replicate"}  # --teacher_device_strategy in older scripts
 
 
 # ---------------------------------------------------------------------------------------------- the settings
@@ -65,10 +66,22 @@ class TeacherConfig:
     negative_prompt: str = setting("", "what guidance leads away from")
     teacher_device_strategy: str = setting(
         "auto",
-        "auto and replicate: whole on each rank's device; cpu: off the GPU, slowly",
-        choices=("auto", "replicate", "cpu"),
+        "replicate: whole on each rank's device; shard: spread over all ranks; offload: the expert in use on the GPU, "
+        "the other in host memory; group_offload: block by block from host memory; cpu: off the GPU, slowly; auto: "
+        "replicate where it fits, else shard on several ranks, and offload or group_offload on one",
+        choices=("auto", "replicate", "shard", "offload", "group_offload", "cpu", *OLD_STRATEGIES),
         shorthand=("teacher_on_cpu", "cpu"),
     )
+    teacher_storage_dtype: str = setting(
+        "auto",
+        "auto: as they compute; float8_e4m3fn: half of bfloat16's memory, not with shard, nor with dmd",
+        choices=("auto", "float8_e4m3fn"),
+    )
+
+    @property
+    def device_strategy(self) -> str:
+        """`teacher_device_strategy` by its name of today."""
+        return OLD_STRATEGIES.get(self.teacher_device_strategy, self.teacher_device_strategy)
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,12 @@ class OptimizationConfig:
     use_8bit_adam: bool = setting(False, "AdamW's moments in 8 bits, by bitsandbytes; needs a GPU")
     compile: bool = setting(False, "compile the blocks of student and teacher: faster steps after a slow first one")
     mixed_precision: str = setting("no", "alone: bf16", choices=("no", "fp16", "bf16"), bare="bf16")
+    student_sharding: str = setting(
+        "ddp",
+        "ddp: weights, gradients and optimizer whole on each rank; fsdp: spread over all ranks; hybrid: spread over a "
+        "node's ranks, alike on all nodes",
+        choices=("ddp", "fsdp", "hybrid"),
+    )
     max_nonfinite_steps: int = setting(
         20,
         "steps in a row with a gradient that is not finite, each of them skipped, after which the run ends",
@@ -268,9 +287,17 @@ class Config:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should be told once."""
-        if self.data.dataloader_num_workers is None:
-            return ()
-        return ("--dataloader_num_workers is not needed any more: prompts are encoded once and memory-mapped",)
+        notes = []
+        if self.data.dataloader_num_workers is not None:
+            notes.append("--dataloader_num_workers is not needed any more: prompts are encoded once and memory-mapped")
+        asked = self.teacher.teacher_device_strategy
+        if asked in OLD_STRATEGIES:
+            means = {
+                "balanced": "the experts are spread over all ranks, each block gathered when it is needed",
+                "gpu0": "each rank has the whole teacher on its own GPU, not all of them on the first",
+            }[asked]
+            notes.append(f"--teacher_device_strategy {asked} means {OLD_STRATEGIES[asked]} now: {means}")
+        return tuple(notes)
 
     def by_flag(self) -> dict[str, Any]:
         """Every setting's value, by its flag; the phases as one."""

@@ -12,7 +12,7 @@ class EMA:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self._live = [p for p in network.parameters() if p.requires_grad]
+        self._live = [p for p in network.parameters() if p.requires_grad]  # whole, or a slice each
         self.weights = [p.detach().clone() for p in self._live]
 
     @torch.no_grad()
@@ -32,8 +32,11 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
+        # In place: a sharded network gathers its weights from where they are.
         for live, average in zip(self._live, self.weights, strict=True):
-            live.data, average.data = average.data, live.data
+            kept = live.clone()
+            live.copy_(average)
+            average.copy_(kept)
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "weights": self.weights}
@@ -41,4 +44,5 @@ class EMA:
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         self.updates = state["updates"]
-        torch._foreach_copy_(self.weights, state["weights"])
+        for average, weights in zip(self.weights, state["weights"], strict=True):
+            average.copy_(weights)

@@ -1,6 +1,5 @@
 """What an objective is. Each one is a file in `distillation/objectives/` with a `Settings` and an `Objective`."""
 
-import copy
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 import distillation.objectives
 from config.errors import UserError, nearest
 from data.prompt_embeddings import Batch
+from distributed.sharding import copy_network
 from models.flow import TimeGrid, VelocityField
 from models.folding import fold_text
 from models.teacher import Teacher
@@ -41,7 +41,7 @@ class Setup:
 
     def frozen_student(self) -> tuple[nn.Module, VelocityField]:
         """A copy of the student as it is now, and its velocity field."""
-        network = copy.deepcopy(self.network).requires_grad_(False).eval()
+        network = copy_network(self.network).requires_grad_(False).eval()
         return network, self.as_field(network, self.dtype)
 
 

@@ -13,6 +13,7 @@ from config.config import Config, Phase
 from config.errors import UserError
 from data.prompts import holds_half_character, read_prompts
 from distillation.objective import check_objective, extra_bytes, trains_experts
+from distributed.placement import Placement, choose_placement, resident_bytes
 from distributed.process_group import Ranks
 from models.adapters import Adapted
 from models.compiling import check_compiler
@@ -20,6 +21,8 @@ from models.flow import TimeGrid, few_step_grid
 from models.student import StudentSpec, read_student_config
 from models.teacher import TeacherInfo, check_weights, default_guidance, inspect_teacher, resolve_dtype
 from sampling.parallel import share
+
+STORAGE_DTYPES = {"auto": None, "float8_e4m3fn": torch.float8_e4m3fn}  # of --teacher_storage_dtype
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Plan:
     sample_interval: int
     guidance: tuple[float, float]  # of the high-noise expert and the low-noise one
     memory: dict[str, float]  # part → GB that each rank's device must hold
+    placement: Placement  # of the teacher
+    storage_dtype: torch.dtype | None = None  # of the teacher's weights while they wait, where it is another one
 
     def resolved(self) -> dict:
         """What the settings leave to teacher and machine, as decided: for config.json and the model card."""
@@ -104,11 +109,13 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
     phases = config.phases
     if len(phases) == 1:
         phases = (replace(phases[0], steps=total_steps),)
-    check_phases(phases, config)
+    check_sharding(config, ranks)
     spec, dtype = read_spec(config, info), resolve_dtype(config.teacher.teacher_dtype, ranks.device)
+    storage_dtype = STORAGE_DTYPES[config.teacher.teacher_storage_dtype]
+    memory, placement = memory_needed(config, info, spec, storage_dtype or dtype, ranks, gpu_memory(ranks.device))
     if config.student.lora_rank:
-        check_is_teacher(spec, info, config)
-    memory = memory_needed(config, info, spec, dtype)
+        check_lora(spec, info, config, placement.strategy)
+    check_phases(phases, config, placement.strategy)
     check_memory(memory, info, ranks.device)
     return Plan(
         info=info,
@@ -125,22 +132,25 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
         sample_interval=config.sampling.sample_interval,
         guidance=default_guidance(info, config.teacher.guidance_scale, config.teacher.guidance_scale_2),
         memory=memory,
+        placement=placement,
+        storage_dtype=storage_dtype,
     )
 
 
-def check_phases(phases: tuple[Phase, ...], config: Config) -> None:
-    """Raises UserError, which names the phase, for settings that contradict each other or the rest."""
+def check_phases(phases: tuple[Phase, ...], config: Config, strategy: str) -> None:
+    """Raises UserError, which names the phase, for settings that contradict each other or the rest.
+
+    Args:
+        strategy: where the teacher is to be.
+    """
     for number, phase in enumerate(phases, 1):
         where = f"[[phase]] {number}, {phase.objective}" if len(phases) > 1 else f"--objective {phase.objective}"
         try:
             check_objective(phase.objective, phase.settings, config.student.student_steps, phase.steps)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        if trains_experts(phase.objective) and config.teacher.teacher_device_strategy == "cpu":
-            raise UserError(
-                f"{where}: trains on the teacher's experts, which --teacher_device_strategy cpu keeps off "
-                "the GPU; accepted: auto, replicate"
-            )
+        if trains_experts(phase.objective):
+            check_trained_experts(where, strategy, config.teacher.teacher_storage_dtype)
 
 
 def check_8bit_adam(device: torch.device) -> None:
@@ -150,8 +160,9 @@ def check_8bit_adam(device: torch.device) -> None:
         raise UserError("--use_8bit_adam: bitsandbytes is not installed; pip install bitsandbytes, or leave it out")
 
 
-def check_is_teacher(spec: StudentSpec, info: TeacherInfo, config: Config) -> None:
-    """Raises UserError where a student that is to be a LoRA on the teacher is smaller than the teacher."""
+def check_lora(spec: StudentSpec, info: TeacherInfo, config: Config, strategy: str) -> None:
+    """Raises UserError where a student that is to be a LoRA on the teacher is smaller than the teacher, or the teacher
+    is where none can be trained on it."""
     teacher = info.transformer_configs[spec.init_from]
     for key, value in spec.transformer_config.items():
         if value != teacher.get(key, value):
@@ -159,10 +170,59 @@ def check_is_teacher(spec: StudentSpec, info: TeacherInfo, config: Config) -> No
                 f"--student_config {config.student.student_config}: {key} is {value}, the teacher's is {teacher[key]}; "
                 f"with --lora_rank the student is the teacher itself: leave {key} out, or train without --lora_rank"
             )
+    check_trained_experts("--lora_rank", strategy, config.teacher.teacher_storage_dtype)
+    if strategy == "shard" and config.student.merge_lora:
+        raise UserError(
+            "--merge_lora: not with --teacher_device_strategy shard, where no rank has the whole teacher to merge it "
+            "into; leave it out, and fuse the LoRA that is exported (fuse_lora)"
+        )
 
 
-def memory_needed(config: Config, info: TeacherInfo, spec: StudentSpec, dtype: torch.dtype) -> dict[str, float]:
-    """GB (10⁹ bytes) that each rank's device must hold, by part. Without activations and text: a lower bound."""
+def check_trained_experts(where: str, strategy: str, storage_dtype: str) -> None:
+    """Raises UserError where the experts, on which something trains, are off the device or in a dtype of storage."""
+    if strategy in ("cpu", "group_offload"):
+        raise UserError(
+            f"{where}: trains on the teacher's experts, which --teacher_device_strategy {strategy} keeps off the GPU; "
+            "accepted: replicate, shard, offload, or auto where one of these fits"
+        )
+    if storage_dtype != "auto":
+        raise UserError(
+            f"{where}: trains on the teacher's experts, which --teacher_storage_dtype {storage_dtype} rounds after "
+            "each use; accepted: auto"
+        )
+
+
+def check_sharding(config: Config, ranks: Ranks) -> None:
+    """Raises UserError for what cannot be spread over these ranks as the flags say."""
+    sharding = config.optimization.student_sharding
+    if sharding == "hybrid" and ranks.world_size % ranks.local_world_size:
+        raise UserError(
+            f"--student_sharding hybrid: {ranks.world_size} ranks are no multiple of this node's "
+            f"{ranks.local_world_size}; start equally many on each node, or take fsdp"
+        )
+    if sharding != "ddp" and config.student.lora_rank:
+        raise UserError(
+            f"--student_sharding {sharding}: a LoRA is small, and each rank holds it whole; accepted with --lora_rank: "
+            "ddp (--teacher_device_strategy shard spreads what it stands on)"
+        )
+    if config.teacher.device_strategy == "shard" and config.teacher.teacher_storage_dtype != "auto":
+        raise UserError(
+            f"--teacher_storage_dtype {config.teacher.teacher_storage_dtype}: not with --teacher_device_strategy "
+            f"{config.teacher.teacher_device_strategy}, whose slices are kept in what they compute in; accepted: auto"
+        )
+
+
+def memory_needed(
+    config: Config, info: TeacherInfo, spec: StudentSpec, dtype: torch.dtype, ranks: Ranks, device_bytes: int | None
+) -> tuple[dict[str, float], Placement]:
+    """GB (10⁹ bytes) that each rank's device must hold, by part, and where the teacher is to be.
+
+    Without activations and text: a lower bound.
+
+    Args:
+        dtype: of the teacher's weights as they are kept.
+        device_bytes: a GPU's memory, None without one.
+    """
     with torch.device("meta"):
         student = WanTransformer3DModel.from_config(spec.transformer_config)
         if config.student.lora_rank:
@@ -174,28 +234,45 @@ def memory_needed(config: Config, info: TeacherInfo, spec: StudentSpec, dtype: t
 
     # Float32 weights, gradients, and AdamW's two moments, in 8 bits on demand; the average is one more copy.
     trained_bytes = 10 if config.optimization.use_8bit_adam else 16
+    by_sharding = {"ddp": 1, "fsdp": ranks.world_size, "hybrid": ranks.local_world_size}
+    slices = by_sharding[config.optimization.student_sharding]
     name = "student's LoRA and AdamW" if config.student.lora_rank else "student and AdamW"
-    needed = {name: billions(student) * (trained_bytes + (4 if config.optimization.use_ema else 0))}
-    if config.teacher.teacher_device_strategy != "cpu":
-        needed["teacher"] = billions(*experts) * dtype.itemsize
-    extra = [
-        (extra_bytes(p.objective, p.settings, student, experts, trained_bytes), p.objective) for p in config.phases
-    ]
-    largest, objective = max(extra)  # phases come one after the other
-    return needed | ({f"{objective}'s own networks": largest / 1e9} if largest else {})
+    needed = {name: billions(student) * (trained_bytes + (4 if config.optimization.use_ema else 0)) / slices}
+
+    def own_bytes(phase: Phase) -> float:
+        """What its objective adds, spread as the student is; copies of experts that are sharded, as those."""
+        as_experts = trains_experts(phase.objective) and config.teacher.device_strategy == "shard"
+        added = extra_bytes(phase.objective, phase.settings, student, experts, trained_bytes)
+        return added / (ranks.world_size if as_experts else slices)
+
+    # Phases come one after the other.
+    largest, objective = max((own_bytes(phase), phase.objective) for phase in config.phases)
+    own = {f"{objective}'s own networks": largest / 1e9} if largest else {}
+    sizes = [billions(expert) * dtype.itemsize for expert in experts]
+    rest = sum((needed | own).values())
+    placement = choose_placement(
+        config.teacher.device_strategy, ranks, device_bytes, [s * 1e9 for s in sizes], rest * 1e9
+    )
+    blocks = min(c["num_layers"] for c in info.transformer_configs.values())
+    if teacher := resident_bytes(placement.strategy, ranks.world_size, sizes, blocks):
+        needed["teacher"] = teacher
+    return needed | own, placement
+
+
+def gpu_memory(device: torch.device) -> int | None:
+    """Bytes, or None where the device is no GPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def check_memory(needed: dict[str, float], info: TeacherInfo, device: torch.device) -> None:
     """Raises UserError where weights and optimizer alone exceed the GPU."""
-    if device.type != "cuda":
-        return
-    there = torch.cuda.get_device_properties(device).total_memory / 1e9
+    there = (gpu_memory(device) or math.inf) / 1e9
     if sum(needed.values()) > there:
         parts = " and ".join(f"{name} {size:.0f} GB" for name, size in needed.items())
         raise UserError(
             f"--teacher_path {info.name}: each rank needs {parts}, besides activations, and this GPU has "
-            f"{there:.0f} GB; lower num_layers in --student_config, take a smaller teacher, or --teacher_on_cpu "
-            '(slow; with dmd: fake_score = "lora")'
+            f"{there:.0f} GB; spread them over several (--teacher_device_strategy shard, --student_sharding fsdp), "
+            'lower num_layers in --student_config, or take a smaller teacher (with dmd: fake_score = "lora")'
         )
 
 
@@ -240,10 +317,14 @@ def describe(plan: Plan, config: Config, ranks: Ranks) -> str:
     phases = ", then ".join(f"{p.objective} × {p.steps} steps at lr {p.learning_rate:g}" for p in plan.phases)
     shares = [len(share(len(plan.sample_prompts), r, ranks.world_size)) for r in range(ranks.world_size)]
     levels = ", ".join(f"{sigma:.3g}" for sigma in plan.grid.sigmas[:-1])
+    dtype = str(plan.dtype).removeprefix("torch.")
+    dtype += f" kept in {config.teacher.teacher_storage_dtype}" if plan.storage_dtype else ""
     lines = {
-        "teacher": f"{info.name} ({experts}, {str(plan.dtype).removeprefix('torch.')}, guidance {w})",
+        "teacher": f"{info.name} ({experts}, {dtype}, guidance {w})",
         "student": f"{lora}{student['num_layers']} layers × {width}, {plan.spec.height}×{plan.spec.width} pixels, "
         f"{len(plan.grid)} steps at t = {levels}",
+        "spread": f"teacher {plan.placement}, "
+        f"student {settings.student_sharding if ranks.world_size > 1 else 'whole (one rank)'}",
         "runs on": f"{ranks.world_size} × {ranks.device.type}, mixed precision {settings.mixed_precision}",
         "prompts": f"{len(plan.prompts)} from {config.data.data_path}",
         "batch": f"{batch} prompts a step = {settings.train_batch_size} a rank × {ranks.world_size} ranks × "

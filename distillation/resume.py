@@ -21,6 +21,7 @@ from distillation.progress import Progress
 from distillation.trained import Trained
 from distributed.checkpoint import read_facts, read_part
 from distributed.process_group import Ranks
+from distributed.sharding import cut_state_like
 
 # Settings that say where a run is and what is seen of it, not what is learnt.
 FREE = {
@@ -56,7 +57,7 @@ def state_of(
     objective: Objective,
     trained: dict[str, Trained],
 ) -> dict[str, Any]:
-    """For `Checkpoints.save`: what is alike on all ranks."""
+    """For `Checkpoints.save`: what all ranks have alike, or hold slices of."""
     return {
         "position": position._asdict(),
         "settings": comparable(config, plan),
@@ -103,9 +104,10 @@ class Resumed:
         return [f"{k}: {was} → {now}" for k, was, now in _differences(old, new)]
 
     def restore_run(self, student: nn.Module, ema: EMA | None, prompts: Any, progress: Progress) -> None:
-        student.load_state_dict(self.part("student"))
+        # Every rank reads the whole, and keeps of what is sharded its slice.
+        student.load_state_dict(cut_state_like(self.part("student"), student.state_dict()))
         if ema:
-            ema.load_state_dict(self.part("ema"))
+            ema.load_state_dict(cut_state_like(self.part("ema"), ema.state_dict()))
         prompts.load_state_dict(self.part("prompts"))
         own = self._facts["ranks"]
         # Figures since the last logged row are each rank's own; another number of ranks begins a new row.
@@ -115,7 +117,7 @@ class Resumed:
             progress.load_state_dict(own[0] | {"steps": 0, "sums": {}, "counts": {}}, self.position.step)
 
     def restore_phase(self, objective: Objective, trained: dict[str, Trained]) -> None:
-        objective.load_state_dict(self.part("objective"))
+        objective.load_state_dict(cut_state_like(self.part("objective"), objective.state_dict()))
         for name, network in trained.items():
             network.load_state_dict(self.part(f"trained_{name}"))
 

@@ -8,7 +8,14 @@ from torch import nn
 
 from config.config import OptimizationConfig, Phase
 from distributed.process_group import Ranks
-from distributed.sharding import wrap
+from distributed.sharding import cut_like, whole, wrap
+
+PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed_precision
+
+
+def wrap_trained(network: nn.Module, settings: OptimizationConfig, ranks: Ranks) -> nn.Module:
+    """The network as training calls it."""
+    return wrap(network, ranks, settings.student_sharding, PRECISION[settings.mixed_precision])
 
 
 def make_optimizer(
@@ -47,7 +54,7 @@ class Trained:
         learning_rate: float | None = None,
         steps: int | None = None,
     ) -> None:
-        self.network, self.wrapped = network, wrapped or wrap(network, ranks)
+        self.network, self.wrapped = network, wrapped or wrap_trained(network, settings, ranks)
         self.max_grad_norm = settings.max_grad_norm
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         rate = phase.learning_rate if learning_rate is None else learning_rate
@@ -72,7 +79,9 @@ class Trained:
         Returns the gradient's norm before clipping, a scalar on the device, and whether the weights were updated.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).detach()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = whole(nn.utils.get_total_norm(gradients))
+        nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         finite = bool(norm.isfinite())  # the one place where training waits for a GPU
         if finite:
             self.scaler.step(self.optimizer)
@@ -94,8 +103,13 @@ class Trained:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for i, weights in state["weights"].items():
-            self.parameters[int(i)].copy_(weights)
-        moments = {int(i): moment for i, moment in state["moments"].items()}
+            self.parameters[int(i)].copy_(cut_like(weights, self.parameters[int(i)]))
+        moments = {int(i): cut_moments(moment, self.parameters[int(i)]) for i, moment in state["moments"].items()}
         self.optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def cut_moments(moments: dict[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """AdamW's moments of a parameter, cut as it is; the number of its steps is whole everywhere."""
+    return {name: cut_like(m, parameter) if m.shape == parameter.shape else m for name, m in moments.items()}

@@ -5,7 +5,8 @@
       state.json                        all that is no tensor
       index.json                        size and hash of each file above
 
-Tensors are alike on all ranks today, so rank 0 alone writes, in a thread beside the training.
+Rank 0 alone writes, in a thread beside the training: tensors are alike on all ranks, and of those that are sharded the
+slices are put together first. So it does not matter to a checkpoint how, or over how many ranks, networks are spread.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from config.errors import UserError
 from distributed.process_group import Ranks, broadcast_object, gather_objects, on_main, together
+from distributed.sharding import whole
 
 log = logging.getLogger(__name__)
 # What `no_dist` asks for is not worth a warning where there is no process group.
@@ -61,7 +63,8 @@ class Checkpoints:
         """Copy the state, and begin to write it: training may go on. All ranks call it.
 
         Args:
-            state: nested dicts and lists of tensors, numbers and text, alike on all ranks. Its top level names parts.
+            state: nested dicts and lists of tensors, numbers and text, alike on all ranks but for the slices of sharded
+                tensors. Its top level names parts.
             own: what each rank has for itself; no tensors.
 
         Raises:
@@ -69,10 +72,15 @@ class Checkpoints:
         """
         self.finish()
         own_by_rank = gather_objects(own)
+        parts, facts = split(state)
+        copies = {part: {} for part in parts}
+        for part, tensors in parts.items():
+            for name, tensor in tensors.items():
+                gathered = whole(tensor.detach())  # all ranks; one at a time, so that no rank holds more than that
+                if self.ranks.is_main:
+                    copies[part][name] = gathered.to("cpu", copy=True)
         if not self.ranks.is_main:
             return
-        parts, facts = split(state)
-        copies = {part: {k: v.detach().to("cpu", copy=True) for k, v in ts.items()} for part, ts in parts.items()}
         facts = {"step": step, "world_size": self.ranks.world_size, "state": facts, "ranks": own_by_rank}
         self._writer = threading.Thread(target=self._write, args=(step, copies, facts), name=WRITER)
         self._writer.start()

@@ -44,6 +44,7 @@ class Ranks:
     local_world_size: int
     device: torch.device
     launched_by_torchrun: bool
+    timeout_seconds: float = 3600.0  # that a collective waits for the slowest rank
 
     @property
     def is_main(self) -> bool:
@@ -76,7 +77,7 @@ def init_process_group(timeout_seconds: float) -> Ranks:
         UserError: more processes on this machine than GPUs, or two on one.
         ConnectionError: torchrun has ended.
     """
-    ranks = _ranks_from_environment()
+    ranks = _ranks_from_environment(timeout_seconds)
     use_cuda = ranks.device.type == "cuda"
     if use_cuda:
         torch.cuda.set_device(ranks.device)  # before the group: else every rank opens a context on GPU 0
@@ -105,7 +106,7 @@ def init_process_group(timeout_seconds: float) -> Ranks:
     return ranks
 
 
-def _ranks_from_environment() -> Ranks:
+def _ranks_from_environment(timeout_seconds: float) -> Ranks:
     launched = all(name in os.environ for name in LAUNCH_VARIABLES)
     rank, world_size, local_rank = (
         int(os.environ[name]) if launched else alone
@@ -114,7 +115,7 @@ def _ranks_from_environment() -> Ranks:
     # torchrun sets LOCAL_WORLD_SIZE too; a hand-made launcher often does not.
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if launched else 1
     device = _device(local_rank, world_size)
-    return Ranks(rank, world_size, local_rank, local_world_size, device, launched)
+    return Ranks(rank, world_size, local_rank, local_world_size, device, launched, timeout_seconds)
 
 
 def _device(local_rank: int, world_size: int) -> torch.device:

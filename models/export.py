@@ -65,14 +65,16 @@ def export_student(
     output_dir: Path,
     card: StudentCard,
     dtype: torch.dtype = torch.float32,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write the student as a full pipeline, `output_dir`; an earlier export there is replaced at once.
 
     Args:
-        student: unwrapped and whole; weights on any device, in any dtype. Adapters are merged.
+        student: unwrapped; weights on any device, in any dtype. Adapters are merged.
         scheduler: the few-step scheduler that the student was trained for.
         teacher_folder: the teacher in Diffusers layout, on disk (a hub snapshot's symbolic links are followed).
         dtype: of the weights on disk, but for modules that Diffusers keeps in float32.
+        weights: the student's, whole, where it holds but slices of them.
 
     Raises:
         UserError: `output_dir` is the teacher itself, or something other than an export.
@@ -80,7 +82,7 @@ def export_student(
     with _replacing(output_dir, teacher_folder) as new:
         index = _model_index(_read_json(teacher_folder / "model_index.json"), scheduler)
         _write_json(index, new / "model_index.json")
-        _save_transformer(student, new / "transformer", dtype)
+        _save_transformer(student, weights, new / "transformer", dtype)
         _save_about(scheduler, card, new)
         for part, entry in index.items():
             if isinstance(entry, list) and entry[0] is not None and not (new / part).exists():
@@ -144,12 +146,14 @@ def _model_index(index: dict, scheduler: SchedulerMixin) -> dict:
     return without_folders({"expand_timesteps": False} | index | changes)
 
 
-def _save_transformer(student: WanTransformer3DModel | Adapted, folder: Path, dtype: torch.dtype) -> None:
+def _save_transformer(
+    student: WanTransformer3DModel | Adapted, weights: dict[str, torch.Tensor] | None, folder: Path, dtype: torch.dtype
+) -> None:
     """Save through a stock transformer, so that neither class, config nor dtype of the one in training shows."""
     is_lora = isinstance(student, Adapted)
     weights = {
         name: weight.detach().to("cpu", parameter_dtype(name, dtype)).contiguous()
-        for name, weight in (student.merged() if is_lora else student.state_dict().items())
+        for name, weight in (student.merged() if is_lora else (weights or student.state_dict()).items())
     }
     config = student.transformer.config if is_lora else student.config
     config = {key: value for key, value in config.items() if not key.startswith("_")}

@@ -1,9 +1,8 @@
 """Fake scores: networks that learn what the student's pictures are like. They start as the teacher's own experts."""
 
-import copy
-
 from torch import nn
 
+from distributed.sharding import copy_network
 from models.adapters import LORA_TARGETS, Adapted, remove_adapters
 from models.teacher import Teacher
 
@@ -16,8 +15,8 @@ def fake_scores(teacher: Teacher, kind: str, rank: int) -> dict[str, nn.Module]:
     Each is at first exactly the expert without guidance.
 
     Args:
-        kind: "full", copies in float32; or "lora", adapters of `rank` on the experts themselves, which share their
-            weights and go on as they were in the teacher's hands.
+        kind: "full", copies in float32, sharded where the experts are; or "lora", adapters of `rank` on the experts
+            themselves, which share their weights and go on as they were in the teacher's hands.
     """
     names = ("fake_score", "fake_score_2")
     remove_fake_adapters(teacher)
@@ -29,7 +28,7 @@ def fake_scores(teacher: Teacher, kind: str, rank: int) -> dict[str, nn.Module]:
 
 
 def _trainable_copy(expert: nn.Module) -> nn.Module:
-    network = copy.deepcopy(expert)
+    network = copy_network(expert)
     remove_adapters(network)  # a student's
     return network.float().requires_grad_(True).train()
 

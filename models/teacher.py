@@ -162,6 +162,7 @@ class WanVelocity:
         expand_timesteps: give it a timestep for every token, as TI2V-5B wants.
         dtype: what latents and text are cast to on the way in.
         autocast: compute in this lower precision while the weights stay in `dtype`.
+        device: where it computes; by default where the weights are, which may come there only when they are needed.
     """
 
     def __init__(
@@ -170,13 +171,15 @@ class WanVelocity:
         expand_timesteps: bool = False,
         dtype: torch.dtype = torch.float32,
         autocast: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.transformer, self.expand_timesteps = transformer, expand_timesteps
-        self.dtype, self.autocast = dtype, autocast
+        self.dtype, self.autocast, self.device = dtype, autocast, device
 
     def __call__(self, x_t: torch.Tensor, t: float | torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         batch, _, frames, height, width = x_t.shape
-        device = next(self.transformer.parameters()).device  # not that of x_t where the teacher is kept on the CPU
+        # Not that of x_t where the teacher is kept on the CPU.
+        device = self.device or next(self.transformer.parameters()).device
         if isinstance(t, torch.Tensor):
             timestep = t.to(device, torch.float32).mul(1000).expand(batch)
         else:
@@ -208,11 +211,19 @@ class Teacher:
 
     def __init__(self, experts: list[Expert], negative_embeds: torch.Tensor) -> None:
         self.experts = experts
+        # Whether every call runs every expert once, also for none of the samples: when experts are sharded, all ranks
+        # must run the same forwards, and each has other times.
+        self.in_step = False
         mask = torch.ones(1, len(negative_embeds), dtype=torch.bool)
         self.negative_embeds = fold_text(negative_embeds[None], mask)  # (1, n + 4, D + 1)
 
     @torch.no_grad()
-    def __call__(self, x_t: torch.Tensor, t: float | torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, x_t: torch.Tensor, t: float | torch.Tensor, prompt_embeds: torch.Tensor, expert: int | None = None
+    ) -> torch.Tensor:
+        """`expert`: the index of the one that is asked whatever t is, instead of the one in charge."""
+        if expert is not None:
+            return self._guided(self.experts[expert], x_t, t, prompt_embeds)
         return self._by_expert(self._guided, x_t, t, prompt_embeds)
 
     @torch.no_grad()
@@ -245,6 +256,8 @@ class Teacher:
             rows = ((t >= expert.t_min) & (t < upper)).nonzero()[:, 0].to(x_t.device)
             if len(rows):
                 out[rows] = velocity(expert, x_t[rows], t[rows.to(t.device)], prompt_embeds[rows]).to(out.dtype)
+            elif self.in_step:
+                velocity(expert, x_t[:1], t[:1], prompt_embeds[:1])
             upper = expert.t_min
         return out
 

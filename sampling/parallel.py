@@ -3,6 +3,10 @@
 Nothing inside the drawing is a collective, so a slow or a failing rank keeps nobody from finishing its share. Then all
 ranks, those without prompts too, take part in one exchange of rows and errors, and in one barrier. Scores, computed all
 the while, are exchanged after it: no picture waits for them.
+
+Only a network that is sharded is drawn from in step: each of its forwards is a collective, so every rank draws as many
+batches of pictures as the others, where it has too few prompts pictures that nobody keeps, and one that fails ends the
+job instead of leaving the others to wait for it.
 """
 
 import json
@@ -124,7 +128,7 @@ class ParallelSampler:
         teacher_rows: Iterable[dict] = (),
     ) -> None:
         self.vae, self.latent_shape, self.folder, self.ranks = vae, latent_shape, folder, ranks
-        self.batch_size = self.decode_batch_size = batch_size or DEFAULT_BATCH_SIZE
+        self.batch_size = self.decode_batch_size = self._common_batch_size = batch_size or DEFAULT_BATCH_SIZE
         # Decoding runs beside the next batch's drawing, not in its queue.
         self._stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
         # Contact sheet and page are drawn on rank 0 while training goes on.
@@ -132,8 +136,11 @@ class ParallelSampler:
         self._scoring, self._stop, self._rounds, self._tells_each = scoring, stop, 0, False
         self._metrics, self._teacher = metrics, {same_noise(row): row for row in teacher_rows}
 
-    def draw(self, round_: Round, field: VelocityField, text: list[torch.Tensor]) -> list[Row]:
+    def draw(self, round_: Round, field: VelocityField, text: list[torch.Tensor], in_step: bool = False) -> list[Row]:
         """Draw a round. All ranks call it, each with the same round and the text (n, D) of all its prompts.
+
+        Args:
+            in_step: the field is a sharded network's, see above.
 
         Pictures and manifest are written when it returns; contact sheet and page follow, see `finish`.
         Returns every rank's rows, in the order of the prompts. Raises on all ranks together: RoundFailed, or Stopped,
@@ -144,8 +151,10 @@ class ParallelSampler:
         with self._progress(round_):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                rows = self._draw_share(round_, field, text)
+                rows = self._draw_share(round_, field, text, in_step)
             except Exception as failure:  # shared with the other ranks below, which would otherwise wait for this one
+                if in_step:  # in vain: they may be waiting inside a forward
+                    raise
                 log.exception("rank %d could not draw its share of %s", self.ranks.rank, round_.prefix)
                 error = f"{type(failure).__name__}: {failure}"
             shares = gather_objects((rows, error))
@@ -254,12 +263,13 @@ class ParallelSampler:
         return f"drawn in round {self._rounds} of {self.folder}"
 
     @torch.no_grad()
-    def _draw_share(self, round_: Round, field: VelocityField, text: list[torch.Tensor]) -> list[Row]:
+    def _draw_share(self, round_: Round, field: VelocityField, text: list[torch.Tensor], in_step: bool) -> list[Row]:
         mine = share(len(round_.prompts), self.ranks.rank, self.ranks.world_size)
         rows = {index: self._row(round_, index, number) for number, index in enumerate(mine)}
         with ThreadPoolExecutor(max_workers=1) as writer:
             pending: list[Future] = []
-            for batch, latents, seconds in self._draw_batches(round_, field, text, list(mine), rows):
+            draw_batches = self._draw_batches_in_step if in_step else self._draw_batches
+            for batch, latents, seconds in draw_batches(round_, field, text, list(mine), rows):
                 pending.append(writer.submit(self._finish_batch, latents, [rows[i] for i in batch], seconds))
                 # At most one batch waits to be written: memory stays bounded when the disk is slower than the GPU.
                 while len(pending) > 1:
@@ -295,6 +305,27 @@ class ParallelSampler:
                     queue[:0] = [[i] for i in batch]
                 continue
             yield batch, latents, (time.perf_counter() - started) / len(batch)
+
+    def _draw_batches_in_step(
+        self, round_: Round, field: VelocityField, text: list[torch.Tensor], indices: list[int], rows: dict[int, Row]
+    ) -> Iterator[tuple[list[int], torch.Tensor, float]]:
+        """The same with equally many batches on every rank. Raises what goes wrong: alone, no rank can try again."""
+        most, size = len(share(len(round_.prompts), 0, self.ranks.world_size)), self._common_batch_size
+        for start in range(0, most, size):
+            if self._stop and self._stop.agreed():
+                return
+            batch = indices[start : start + size]
+            drawn = batch or [0]  # a picture that nobody keeps
+            started = time.perf_counter()
+            try:
+                latents = self._draw_batch(round_, field, [text[i] for i in drawn], drawn)
+            except torch.OutOfMemoryError as failure:
+                raise RuntimeError(
+                    f"out of memory drawing {len(drawn)} pictures at a time, which one rank alone cannot halve where "
+                    "networks are sharded: pass a smaller --sample_batch_size"
+                ) from failure
+            if batch:
+                yield batch, latents, (time.perf_counter() - started) / len(batch)
 
     def _draw_batch(
         self, round_: Round, field: VelocityField, text: list[torch.Tensor], indices: list[int]

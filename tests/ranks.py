@@ -18,8 +18,11 @@ from distributed.process_group import init_process_group
 TIME_LIMIT = 120.0  # seconds, for everything; on a starved machine `import torch` alone was seen to take 84
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int = 2, *args: Any) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int = 2, *args: Any, limit: float = TIME_LIMIT) -> list[Any]:
     """`fn(ranks, *args)` on each rank; what they returned, by rank. `fn` is a module's top-level function.
+
+    Args:
+        limit: seconds for everything.
 
     Raises:
         AssertionError: a rank raised (its traceback is the message), died without a word, or took too long.
@@ -35,7 +38,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int = 2, *args: Any) -> list[A
         for process in processes:
             process.start()
         try:
-            _wait(processes, Path(folder))
+            _wait(processes, Path(folder), limit)
         finally:
             for process in processes:
                 process.kill()
@@ -43,8 +46,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int = 2, *args: Any) -> list[A
         return [pickle.loads((Path(folder) / f"result_{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def _wait(processes: list[multiprocessing.Process], folder: Path) -> None:
-    deadline = time.monotonic() + TIME_LIMIT
+def _wait(processes: list[multiprocessing.Process], folder: Path, limit: float) -> None:
+    deadline = time.monotonic() + limit
     running = True
     while running:
         running = any(process.is_alive() for process in processes)
@@ -53,7 +56,7 @@ def _wait(processes: list[multiprocessing.Process], folder: Path) -> None:
                 error = folder / f"error_{rank}"
                 said = error.read_text() if error.exists() else f"exit code {process.exitcode}"
                 raise AssertionError(f"rank {rank}: {said}")
-        assert time.monotonic() < deadline, f"ranks still running after {TIME_LIMIT:.0f} s"
+        assert time.monotonic() < deadline, f"ranks still running after {limit:.0f} s"
         time.sleep(0.02)
 
 

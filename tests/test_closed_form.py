@@ -282,7 +282,7 @@ def test_dmd_s_direction_is_the_difference_of_the_scores():
     objective = build_objective("dmd", setup, vars(default_settings("dmd")) | {"fake_score": "full"})
     objective.use({"fake_score": other})
     x0, x_t, t = torch.randn(16, 2, 1, 1, 1), torch.randn(16, 2, 1, 1, 1), torch.rand(16) * 0.9 + 0.05
-    direction = objective.direction(x0, x_t, t, torch.zeros(16, 5, 5), "fake_score").flatten(1)
+    direction = objective.direction(x0, x_t, t, torch.zeros(16, 5, 5), 0).flatten(1)
     x = x_t.flatten(1).requires_grad_()
     scores = [torch.autograd.grad(mixture.log_density(x, t).sum(), x)[0] for mixture in (other, data)]
     factor = (t.square() / (1 - t))[:, None]

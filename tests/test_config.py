@@ -161,6 +161,14 @@ def test_num_workers_is_taken_with_a_note(files):
     assert "dataloader_num_workers" in note and "not needed" in note
 
 
+@pytest.mark.parametrize(("old", "today"), [("balanced", "shard"), ("gpu0", "replicate")])
+def test_old_names_of_strategies_are_taken_and_explained(files, old, today):
+    config = load("--teacher_device_strategy", old)
+    assert config.teacher.device_strategy == today
+    (note,) = config.notes
+    assert note.startswith(f"--teacher_device_strategy {old} means {today} now: ")
+
+
 def test_prompts_from_a_file(files):
     assert load("--sample_prompts", "data/static_prompts.txt").sampling.sample_prompts_file == "data/static_prompts.txt"
     assert load("--sample_prompts", "A cat.").sampling.sample_prompts_file is None

@@ -176,6 +176,45 @@ def test_drawing_keeps_no_graph(vae, field, text, tmp_path):
     assert all(row.ok for row in sampler_in(tmp_path, vae).draw(ROUND, checked, text))
 
 
+# ------------------------------------------------------------------------------------------------ in step
+
+
+@pytest.mark.parametrize("world_size, batch_size", [(2, 1), (2, 2), (3, 2), (4, 1)])
+def test_in_step_ranks_run_equally_many_forwards_and_draw_the_same(
+    world_size, batch_size, reference, vae, field, text, tmp_path
+):
+    expected = pictures(*reference)
+    for count in (1, 5):  # of prompts
+        got, calls = {}, []
+        for rank in range(world_size):
+            counted = Counting(field)
+            sampler = sampler_in(tmp_path, vae, rank, world_size, batch_size)
+            round_ = replace(ROUND, prompts=PROMPTS[:count])
+            got |= pictures(tmp_path, sampler.draw(round_, counted, text[:count], in_step=True))
+            calls.append(counted.calls)
+        assert len(set(calls)) == 1 and calls[0] > 0, "nobody waits in a forward that another one does not run"
+        assert list(got) == list(range(count))
+        assert all(np.abs(got[i] - expected[i]).max() <= 1 for i in got)
+
+
+class Counting:
+    def __init__(self, field) -> None:
+        self.field, self.calls = field, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.field(*args)
+
+
+@pytest.mark.parametrize("how", [ValueError("a fault"), torch.OutOfMemoryError("no memory")])
+def test_in_step_a_failing_rank_leaves_at_once(how, vae, field, text, tmp_path):
+    """Its peers wait inside a forward: only its end, which torchrun sees, ends theirs."""
+    words = "--sample_batch_size" if isinstance(how, torch.OutOfMemoryError) else "a fault"
+    failing = failing_for(field, text, 0, how)
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        sampler_in(tmp_path, vae, 0, 2, batch_size=2).draw(ROUND, failing, text, in_step=True)
+
+
 # ------------------------------------------------------------------------------------------------ what is left behind
 
 

@@ -23,6 +23,7 @@ from distributed.process_group import Ranks
 from tests.test_review import row_of
 from train_distillation import begin_run
 
+ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
 ROOT = Path(__file__).parent.parent
 PROGRAM = str(ROOT / "train_distillation.py")
 PROMPTS = ["a cat", "a dog on a hill", "some bird", "a fish", "five green apples"]
@@ -274,19 +275,16 @@ def test_phases_are_checked_before_the_first_one_runs(random_pipeline_dir, tmp_p
         plan_of(argv)
 
 
-RANKS = Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
-
-
 def plan_of(argv: list[str]):
     config = load_config(argv, settings_of)
-    return config, make_plan(config, RANKS)
+    return config, make_plan(config, ALONE)
 
 
 def test_what_no_gpu_can_hold_is_refused_with_the_sum(random_pipeline_dir, tmp_path, monkeypatch):
     config, plan = plan_of([*flags(random_pipeline_dir, tmp_path / "out"), "--use_ema"])
     student = WanTransformer3DModel.from_pretrained(random_pipeline_dir, subfolder="transformer_2")
     parameters = sum(p.numel() for p in student.parameters())
-    needed = memory_needed(config, plan.info, plan.spec, plan.dtype)
+    needed, _ = memory_needed(config, plan.info, plan.spec, plan.dtype, ALONE, None)
     assert needed == pytest.approx({"student and AdamW": 20e-9 * parameters, "teacher": 8e-9 * parameters})
     for there, fits in {27.9e-9: False, 28.1e-9: True}.items():
         card = SimpleNamespace(total_memory=there * parameters * 1e9)
@@ -305,7 +303,7 @@ def test_a_lora_counts_what_it_trains_and_the_base_once(random_pipeline_dir, tmp
     trained = 4 * 3 * (8 * (24 + 24) + 2 * (24 + 64))  # rank, blocks, attention, feed-forward
     expected = {"student's LoRA and AdamW": 16e-9 * trained, "teacher": 2 * 4e-9 * base}
     assert plan.memory == pytest.approx(expected)
-    assert "LoRA of rank 4 on the teacher's transformer_2" in describe(plan, config, RANKS)
+    assert "LoRA of rank 4 on the teacher's transformer_2" in describe(plan, config, ALONE)
     config, plan = plan_of([*flags(random_pipeline_dir, tmp_path / "out"), "--rank", "4", "--objective", "consistency"])
     assert plan.memory == pytest.approx(expected | {"consistency's own networks": 4e-9 * trained})
 

@@ -148,7 +148,7 @@ class Objective(objective.Objective):
         x_t, v, weight = add_more_noise(x.detach(), noise.latents(len(x)), self.levels[k], t)
         if network != "student":
             return (weight * (self.fakes[network](x_t, t, text) - v).square()).mean(), {}
-        direction = self.direction(x0.detach(), x_t, t, text, list(self.fakes)[expert])
+        direction = self.direction(x0.detach(), x_t, t, text, expert)
         loss = 0.5 * F.mse_loss(x, x.detach() - direction)
         figures = {"dmd_gradient": direction.abs().mean()}
         if self.anchor:
@@ -167,11 +167,13 @@ class Objective(objective.Objective):
 
     @torch.no_grad()
     def direction(
-        self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, fake: str
+        self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, expert: int
     ) -> torch.Tensor:
         """g: where the student's state should move away from, normalised per sample, (B, C, 1, H, W)."""
-        x0_fake = velocity_to_x0(x_t, self.fakes[fake](x_t, t, text), t)
-        x0_teacher = velocity_to_x0(x_t, self.setup.teacher(x_t, t, text), t)
+        fake = list(self.fakes.values())[expert]
+        x0_fake = velocity_to_x0(x_t, fake(x_t, t, text), t)
+        # That expert, and no other where t is rounded across the boundary: all ranks run the same ones.
+        x0_teacher = velocity_to_x0(x_t, self.setup.teacher(x_t, t, text, expert), t)
         scale = (x0 - x0_teacher).abs().mean((1, 2, 3, 4), keepdim=True)
         return (x0_fake - x0_teacher) / scale.clamp(min=1e-8)
 
