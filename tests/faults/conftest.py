@@ -20,7 +20,7 @@ def start(random_pipeline_dir, tmp_path):
     started = []
 
     def start(*more: str, folder="out", **options) -> Job:
-        started.append(Job(random_pipeline_dir, tmp_path / folder, *more, **options))
+        started.append(Job(random_pipeline_dir, tmp_path / folder, tmp_path, *more, **options))
         return started[-1]
 
     yield start

@@ -21,7 +21,7 @@ MARK = "JOB_OF_A_TEST"
 
 class Job:
     """The program on a teacher, two ranks unless told otherwise, writing into `folder`; standard output and error go to
-    one file beside it.
+    one file in `notes`.
 
     Args:
         fault: see faulty.py; "" runs the program itself.
@@ -30,9 +30,18 @@ class Job:
     """
 
     def __init__(
-        self, teacher: Path, folder: Path, *more: str, fault="", once=False, launch=(), ranks=2, steps=TOO_MANY
+        self,
+        teacher: Path,
+        folder: Path,
+        notes: Path,
+        *more: str,
+        fault="",
+        once=False,
+        launch=(),
+        ranks=2,
+        steps=TOO_MANY,
     ) -> None:
-        self.folder, self.mark = folder, folder.parent / f"{folder.name}.mark"
+        self.folder, self.mark = folder, notes / f"{folder.name}.mark"
         self._said, self.faulted = open(f"{self.mark}.said", "w+"), Path(f"{self.mark}.fault")  # noqa: SIM115
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *launch]
         env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", MARK: str(self.mark)}

@@ -53,7 +53,7 @@ def soak(folder: Path, restarts: int, chance: random.Random, deadline: float) ->
     """The exit code."""
     teacher = save_random_pipeline(folder / "teacher", experts=1)
     steps = str(STEPS_PER_LIFE * restarts + 20)
-    straight = Job(teacher, folder / "straight", *FLAGS, steps=steps)
+    straight = Job(teacher, folder / "straight", folder, *FLAGS, steps=steps)
     started = time.monotonic()
     straight.wait_for(lambda: straight.rows())
     start_seconds = time.monotonic() - started
@@ -62,7 +62,7 @@ def soak(folder: Path, restarts: int, chance: random.Random, deadline: float) ->
 
     lives = 0
     while True:
-        job = Job(teacher, folder / "disturbed", *FLAGS, steps=steps)
+        job = Job(teacher, folder / "disturbed", folder, *FLAGS, steps=steps)
         last_life = lives == restarts or time.monotonic() > deadline
         what = "left alone" if last_life else disturb(job, chance, start_seconds)
         code = job.process.wait(None if last_life else START_SECONDS)

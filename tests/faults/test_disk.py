@@ -66,7 +66,7 @@ def test_a_full_disk(small_disk, start):
 @long
 def test_files_that_cannot_grow(start):
     job = start(*FLAGS, "9", fault="full writing 0 4")
-    assert job.end_of_fault() != 0
+    assert job.process.wait(RUN_SECONDS) != 0 and not job.processes()
     last = assert_failed_whole(job, "File too large")
     assert not list(last.parent.glob(".*"))
     assert_goes_on(last, start, "out")

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from distributed.checkpoint import list_checkpoints, what_is_broken
-from tests.faults.job import TOO_MANY
+from tests.faults.job import RUN_SECONDS, TOO_MANY
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
@@ -94,6 +94,6 @@ def test_a_signal_to_one_rank_before_the_group_exists_ends_the_job(number, start
 @pytest.mark.parametrize("where", ["loading", pytest.param("start", marks=long)])
 def test_a_signal_to_one_rank_before_the_first_step_stops_all(where, start):
     run = start(fault=f"SIGTERM {where} 1")
-    assert run.end_of_fault() == 0, run.words()
+    assert run.end(RUN_SECONDS) == 0 and not run.processes(), run.words()
     assert "stopped; to go on: torchrun --nproc_per_node=2 " in run.words() and not run.rows()
     assert not (run.folder / "checkpoints").exists()
