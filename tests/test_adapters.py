@@ -208,7 +208,7 @@ def test_merged_weights_compute_the_same(teacher, asked):
 
 
 def test_compiled_blocks_compute_the_same_with_each_one_s_adapters(teacher, asked):
-    """By a backend that needs no C++ compiler; what is traced, and when anew, is the same."""
+    """Traced, and run as it was traced: which adapters are on is decided outside of what is compiled."""
     student, fake = student_of(teacher, moved=True), fake_scores(teacher, "lora", rank=2)["fake_score_2"]
     move(fake, 2)
     for network in (student, fake):
@@ -227,7 +227,7 @@ def test_compiled_blocks_compute_the_same_with_each_one_s_adapters(teacher, aske
         return found
 
     expected = answers()
-    compile_blocks(student, *(expert.field.transformer for expert in teacher.experts), backend="aot_eager")
+    compile_blocks(student, *(expert.field.transformer for expert in teacher.experts), backend="eager")
     counters = torch._dynamo.utils.counters
     counters.clear()
     for _ in range(2):
