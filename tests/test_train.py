@@ -290,7 +290,9 @@ def test_what_no_gpu_can_hold_is_refused_with_the_sum(random_pipeline_dir, tmp_p
         card = SimpleNamespace(total_memory=there * parameters * 1e9)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
         with (
-            nullcontext() if fits else pytest.raises(UserError, match="each rank needs student and AdamW .* --teacher")
+            nullcontext()
+            if fits
+            else pytest.raises(UserError, match="each rank needs student and AdamW .*--student_sharding fsdp")
         ):
             check_memory(needed, plan.info, torch.device("cuda"))
 
