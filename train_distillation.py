@@ -34,6 +34,7 @@ from config.config import PHASE_SETTINGS, Config, Phase, load_config
 from config.errors import UserError
 from data.prompt_embeddings import Batch, PromptEmbeddings, encode_prompts, encoder_key
 from data.sampler import PromptSampler
+from distillation.dry_run import dry_run
 from distillation.ema import EMA
 from distillation.objective import Noise, Objective, Setup, build_objective, settings_of
 from distillation.plan import Plan, describe, make_plan, read_sample_prompts
@@ -115,6 +116,8 @@ def run(argv: list[str]) -> None:
     if config.run.review:
         make_review(Path(config.run.review))
         return
+    if config.run.dry_run:
+        sys.exit(dry_run(config))
     if config.run.multi_gpu and "RANK" not in os.environ:
         start_one_process_a_gpu(argv)
     check_launch(config.run.distributed)

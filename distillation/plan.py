@@ -5,17 +5,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
 
 from config.config import Config, Phase
 from config.errors import UserError
 from data.prompts import holds_half_character, read_prompts
-from distillation.objective import check_objective, extra_bytes, trains_experts
+from distillation.memory import Layout, Memory, Shapes, layout_of, memory_of, shapes_of
+from distillation.objective import check_objective, trains_experts
 from distributed.process_group import Ranks
 from models.flow import TimeGrid, few_step_grid
+from models.folding import MAX_SEQUENCE_LENGTH
 from models.student import StudentSpec, read_student_config
 from models.teacher import TeacherInfo, check_weights, default_guidance, inspect_teacher, resolve_dtype
 from sampling.parallel import share
+
+ASSUMED_TOKENS = 128  # of a text, where no prompts are given
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class Plan:
     binding_limit: str
     sample_interval: int
     guidance: tuple[float, float]  # of the high-noise expert and the low-noise one
-    memory: dict[str, float]  # part → GB that each rank's device must hold
+    shapes: Shapes
+    layout: Layout
+    memory: Memory
 
     def resolved(self) -> dict:
         """What the settings leave to teacher and machine, as decided: for config.json and the model card."""
@@ -71,13 +76,13 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
     if settings.mixed_precision == "fp16" and ranks.device.type == "cpu":
         raise UserError("--mixed_precision fp16: a CPU cannot train in fp16; accepted here: no, bf16")
     info = inspect_teacher(config.teacher.teacher_path, config.teacher.teacher_revision, config.teacher.flow_shift)
-    check_weights(info)
+    if not config.run.dry_run:
+        check_weights(info)
     if config.teacher.guidance_scale_2 is not None and info.boundary_ratio is None:
         raise UserError(f"--guidance_scale_2: {info.name} has one expert; accepted here: --guidance_scale")
     shift = config.student.student_shift or info.flow_shift
-    prompts = read_prompts(Path(config.data.data_path))
-    batch = settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size
-    steps_per_epoch = settings.steps_per_epoch or math.ceil(len(prompts) / batch)
+    prompts = read_prompts(Path(config.data.data_path)) if config.data.data_path else []
+    steps_per_epoch = resolve_epoch(config, len(prompts), ranks)
     limits = {"--num_steps": settings.num_steps, "--num_epochs": (settings.num_epochs or 0) * steps_per_epoch}
     binding_limit, total_steps = min(((k, v) for k, v in limits.items() if v), key=lambda limit: limit[1])
     phases = config.phases
@@ -85,13 +90,19 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
         phases = (replace(phases[0], steps=total_steps),)
     check_phases(phases, config)
     spec, dtype = read_spec(config, info), resolve_dtype(config.teacher.teacher_dtype, ranks.device)
-    memory = memory_needed(config, info, spec, dtype)
-    check_memory(memory, info, ranks.device)
+    sample_prompts = read_sample_prompts(config)
+    guidance = default_guidance(info, config.teacher.guidance_scale, config.teacher.guidance_scale_2)
+    shapes = shapes_of(info, spec, phases, config.student.student_steps, text_tokens([*prompts, *sample_prompts]))
+    nodes = max(1, ranks.world_size // ranks.local_world_size)
+    layout = layout_of(config, ranks.world_size, nodes, dtype, max(guidance) > 1, len(sample_prompts))
+    memory = memory_of(shapes, layout)
+    if not config.run.dry_run:
+        check_memory(memory, info, ranks.device)
     return Plan(
         info=info,
         spec=spec,
         prompts=prompts,
-        sample_prompts=read_sample_prompts(config),
+        sample_prompts=sample_prompts,
         grid=few_step_grid(config.student.student_steps, shift),
         shift=shift,
         dtype=dtype,
@@ -100,7 +111,9 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
         total_steps=total_steps,
         binding_limit=binding_limit,
         sample_interval=config.sampling.sample_interval,
-        guidance=default_guidance(info, config.teacher.guidance_scale, config.teacher.guidance_scale_2),
+        guidance=guidance,
+        shapes=shapes,
+        layout=layout,
         memory=memory,
     )
 
@@ -120,35 +133,32 @@ def check_phases(phases: tuple[Phase, ...], config: Config) -> None:
             )
 
 
-def memory_needed(config: Config, info: TeacherInfo, spec: StudentSpec, dtype: torch.dtype) -> dict[str, float]:
-    """GB (10⁹ bytes) that each rank's device must hold, by part. Without activations and text: a lower bound."""
-    with torch.device("meta"):
-        student = WanTransformer3DModel.from_config(spec.transformer_config)
-        experts = [WanTransformer3DModel.from_config(c) for c in info.transformer_configs.values()]
-
-    def billions(*networks: WanTransformer3DModel) -> float:
-        return sum(p.numel() for network in networks for p in network.parameters()) / 1e9
-
-    # Float32 weights, gradients, and AdamW's two moments; the average is one more copy of the weights.
-    needed = {"student and AdamW": billions(student) * (20 if config.optimization.use_ema else 16)}
-    if config.teacher.teacher_device_strategy != "cpu":
-        needed["teacher"] = billions(*experts) * dtype.itemsize
-    extra = [(extra_bytes(p.objective, p.settings, student, experts), p.objective) for p in config.phases]
-    largest, objective = max(extra)  # phases come one after the other
-    return needed | ({f"{objective}'s own networks": largest / 1e9} if largest else {})
+def resolve_epoch(config: Config, prompts: int, ranks: Ranks) -> int:
+    """Steps of an epoch: as asked for, or one pass over the prompts; without prompts, in a dry run, the whole run."""
+    settings = config.optimization
+    if settings.steps_per_epoch:
+        return settings.steps_per_epoch
+    if not prompts and not settings.num_steps:
+        raise UserError("--num_epochs: an epoch is one pass over the prompts; give --data_path or --steps_per_epoch")
+    batch = settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size
+    return math.ceil(prompts / batch) or settings.num_steps
 
 
-def check_memory(needed: dict[str, float], info: TeacherInfo, device: torch.device) -> None:
-    """Raises UserError where weights and optimizer alone exceed the GPU."""
+def text_tokens(prompts: list[str]) -> int:
+    """About how many tokens the longest prompt has: one for three bytes of it, rarely fewer."""
+    longest = max((len(prompt.encode()) for prompt in prompts), default=3 * ASSUMED_TOKENS)
+    return min(MAX_SEQUENCE_LENGTH, math.ceil(longest / 3))
+
+
+def check_memory(memory: Memory, info: TeacherInfo, device: torch.device) -> None:
+    """Raises UserError where weights, gradients and optimizer alone exceed the GPU."""
     if device.type != "cuda":
         return
-    there = torch.cuda.get_device_properties(device).total_memory / 1e9
-    if sum(needed.values()) > there:
-        parts = " and ".join(f"{name} {size:.0f} GB" for name, size in needed.items())
+    there = torch.cuda.get_device_properties(device).total_memory
+    if memory.least > there:
         raise UserError(
-            f"--teacher_path {info.name}: each rank needs {parts}, besides activations, and this GPU has "
-            f"{there:.0f} GB; lower num_layers in --student_config, take a smaller teacher, or --teacher_on_cpu "
-            '(slow; with dmd: fake_score = "lora")'
+            f"--teacher_path {info.name}: weights, gradients and optimizer alone need {memory.least / 1e9:.0f} GB on "
+            f"each GPU, and this one has {there / 1e9:.0f} GB; the same command with --dry_run says which settings fit"
         )
 
 
@@ -196,11 +206,11 @@ def describe(plan: Plan, config: Config, ranks: Ranks) -> str:
         "student": f"{student['num_layers']} layers × {width}, {plan.spec.height}×{plan.spec.width} pixels, "
         f"{len(plan.grid)} steps at t = {levels}",
         "runs on": f"{ranks.world_size} × {ranks.device.type}, mixed precision {settings.mixed_precision}",
-        "prompts": f"{len(plan.prompts)} from {config.data.data_path}",
+        "prompts": f"{len(plan.prompts)} from {config.data.data_path}" if plan.prompts else "none given",
         "batch": f"{batch} prompts a step = {settings.train_batch_size} a rank × {ranks.world_size} ranks × "
         f"{settings.gradient_accumulation_steps} accumulated",
-        "memory": " + ".join(f"{name} {size:.3g} GB" for name, size in plan.memory.items())
-        + " a rank, besides activations",
+        "memory": f"{plan.memory.peak / 1e9:.3g} GB a rank at the most ({plan.memory.peak_stage}), of which "
+        f"{plan.memory.least / 1e9:.3g} GB are weights, gradients and optimizer",
         "trains": phases,
         "ends": f"after {plan.total_steps} steps ({plan.binding_limit} binds), "
         f"{plan.epoch_of(plan.total_steps)} epochs of {plan.steps_per_epoch} steps",

@@ -38,15 +38,6 @@ def remove_adapters(teacher: Teacher) -> None:
             expert.field.transformer.delete_adapters(ADAPTER)
 
 
-def trained_parameters(experts: list[nn.Module], kind: str, rank: int) -> int:
-    """How many parameters `fake_scores` would train. The experts may be on the meta device."""
-    if kind == "full":
-        return sum(p.numel() for expert in experts for p in expert.parameters())
-    linear = [(name, m) for expert in experts for name, m in expert.named_modules() if isinstance(m, nn.Linear)]
-    targets = [m for name, m in linear if any(name.endswith(f".{target}") for target in LORA_TARGETS)]
-    return sum(rank * (m.in_features + m.out_features) for m in targets)
-
-
 class Adapted(nn.Module):
     """A frozen expert with low-rank adapters that are switched on while it is called through here, and only then."""
 
