@@ -38,6 +38,13 @@ TEACHERS = {  # transformer, VAE, number of experts, scheduler's shift
     "wan21_14b": (WAN_14B, VAE_2_1, 1, 3.0),
 }
 
+ON_THE_HUB = {
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "a14b",
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "ti2v_5b",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan21_1.3b",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan21_14b",
+}
+
 
 def write_shapes(folder: Path, name: str) -> Path:
     """A teacher's config files in `folder/name`, as the pipeline on the hub has them."""

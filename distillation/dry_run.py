@@ -95,6 +95,15 @@ def memory_table(memory: Memory, num_gpus: int) -> str:
     return "\n".join([head, *aligned(table)])
 
 
+def stage_lines(memory: Memory) -> str:
+    """Each stage's sum, a line for each phase."""
+    lines: dict[str, list[str]] = {}
+    for name, stage in memory.stages.items():
+        phase, _, moment = name.rpartition(": ")
+        lines.setdefault(phase, []).append(f"{moment} {total(stage) / 1e9:.1f}")
+    return "\n".join(f"  {phase or 'stages'}: {' | '.join(moments)}" for phase, moments in lines.items())
+
+
 def cost_table(plan: Plan, tflops: float, num_gpus: int) -> str:
     """Phases × what a step takes, and the run's sum."""
     table, seconds = [("phase", "steps", "TFLOP a step and GPU", "GB over links", "s a step", "limit", "hours")], 0.0

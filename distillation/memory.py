@@ -299,7 +299,9 @@ def moments_of(shapes: Shapes, layout: Layout, task: Task, own: Own, teacher: Ro
     at_once = batch * task.work.at_once
     kept = at_once * student.saved_bytes(tokens, text, layout.itemsize, layout.gradient_checkpointing, adapters)
     block = at_once * student.backward_bytes(tokens, text, layout.itemsize, adapters)
-    moments |= backward("student", trained(shapes, layout), kept, block, copies, layout, layout.gradient_checkpointing)
+    moments |= backward(
+        "student", student, trained(shapes, layout), kept, block, copies, layout, layout.gradient_checkpointing
+    )
     if own.trained:
         kept = batch * expert.saved_bytes(tokens, text, layout.itemsize, layout.fakes_checkpointed, own.adapters)
         block = batch * expert.backward_bytes(tokens, text, layout.itemsize, own.adapters)
@@ -307,14 +309,22 @@ def moments_of(shapes: Shapes, layout: Layout, task: Task, own: Own, teacher: Ro
         copies = autocast_copies(expert, one, layout, frozen_base=own.adapters)
         if own.adapters:
             copies += teacher.temporary
-        moments |= backward(f"{task.objective}'s networks", one, kept, block, copies, layout, layout.fakes_checkpointed)
+        name = f"{task.objective}'s networks"
+        moments |= backward(name, expert, one, kept, block, copies, layout, layout.fakes_checkpointed)
     return moments
 
 
 def backward(
-    name: str, count: float, kept: float, block: float, copies: float, layout: Layout, checkpointing: bool
+    name: str,
+    size: WanSize,
+    count: float,
+    kept: float,
+    block: float,
+    copies: float,
+    layout: Layout,
+    checkpointing: bool,
 ) -> dict[str, Stage]:
-    """A network's backward where it begins, with everything kept, and where it ends, with all gradients.
+    """A network's backward where it begins, with everything kept, and where it ends, with almost all gradients.
 
     Args:
         count: of parameters that get gradients.
@@ -322,9 +332,14 @@ def backward(
     """
     gradients = 0 if layout.gradients_stay and layout.shards == 1 else 4 * count / layout.shards
     stay = gradients if layout.gradients_stay else 0  # of the micro-batch before
+    # The last block's gradients come as what it was computed from goes.
+    still_to_come = 0 if stay else gradients * size.block_parameters / size.parameters
     begins = Row(gradients=stay, activations=kept, temporary=max(copies, block) if checkpointing else copies)
-    ends = Row(gradients=gradients, temporary=block + (copies if layout.shards > 1 else 0))
-    return {f"{name}, backward begins": {name: begins}, f"{name}, backward ends": {name: ends}}
+    at_end = max(0, block - still_to_come) + (copies if layout.shards > 1 else 0)
+    return {
+        f"{name}, backward begins": {name: begins},
+        f"{name}, backward ends": {name: Row(gradients=gradients, temporary=at_end)},
+    }
 
 
 def autocast_copies(size: WanSize, count: float, layout: Layout, frozen_base: bool = False) -> float:

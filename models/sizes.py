@@ -84,7 +84,9 @@ class WanSize:
         # Input and output of both attentions with q, k, v of the first and q of the second; and of the feed-forward.
         narrow = 10 + 4 * adapters
         own = self.width * (4 * wide + itemsize * narrow) + 2 * itemsize * self.ffn
-        return tokens * own + text * self.width * (4 * rms + 3 * itemsize)  # k and v of the text
+        # k before its norm, k and v; and under autocast, what each of them is made of.
+        of_text = 4 * rms + itemsize * (2 if itemsize == 4 else 4)
+        return tokens * own + text * self.width * of_text
 
     def saved_bytes(
         self,
