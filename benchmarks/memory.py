@@ -19,7 +19,7 @@ import torch
 from benchmarks.shapes import COMMON, write_shapes
 from benchmarks.shapes import TEACHERS as SHAPES
 from distillation.cost import UTILISATION
-from distillation.fit import LORA_RANK, Fit, fitting
+from distillation.fit import LORA_RANK, fitting
 from distillation.memory import Layout, Shapes, Task, shapes_of
 from distillation.objective import settings_of, work
 from models.sizes import wan_size
@@ -50,7 +50,7 @@ Each cell: the flags that a machine needs besides `--mixed_precision bf16 --grad
 --train_batch_size 1`, with two sample pictures at a time; then the largest sum of a run of `trajectory` and `dmd` (with
 adapters as fake scores) and what it leaves of each GPU; then hours for {STEPS} steps of `trajectory`, at
 {UTILISATION:.0%} of the GPU's peak in bf16 (165 TFLOP/s at 24 GB, 362 at 48 GB, else 989). The fastest flags that fit
-are shown.
+are shown; where nothing fits with `dmd`, those that fit without it.
 
 A student of full or half depth is trained whole; the LoRA (`--lora_rank {LORA_RANK}`) is trained on the teacher itself.
 """
@@ -96,14 +96,16 @@ def task_of(objective: str, steps: int) -> Task:
     return Task(objective, settings, steps, work(objective, settings, 4))
 
 
-def cell(fits: list[Fit], gigabytes: float) -> str:
-    """The fastest that trains the student as asked."""
-    fit = next((fit for fit in fits if not fit.trains_otherwise), None)
-    if fit is None:
-        return "does not fit"
-    flags = " ".join(f"`{flag}`" for flag in fit.flags) or "as it is"
-    peak = fit.memory.peak / 1e9
-    return f"{flags}: {peak:.1f} GB, {gigabytes - peak:.1f} left; {fit.seconds / 3600:.2g} h"
+def cell(what: Shapes, layout: Layout, gigabytes: float, tflops: float) -> str:
+    """The fastest flags that train the student as asked; without dmd where nothing fits with it."""
+    for tried, prefix in ((what, ""), (replace(what, tasks=what.tasks[:1]), "without `dmd`: ")):
+        fits = [fit for fit in fitting(tried, layout, gigabytes * 1e9, tflops) if not fit.trains_otherwise]
+        if fits:
+            flags = " ".join(f"`{flag}`" for flag in fits[0].flags) or "as it is"
+            peak = fits[0].memory.peak / 1e9
+            left, hours = gigabytes - peak, fits[0].seconds / 3600
+            return f"{prefix}{flags}: {peak:.1f} GB, {left:.1f} left; {hours:.2g} h"
+    return "does not fit"
 
 
 def table(folder: Path, name: str) -> list[str]:
@@ -117,7 +119,7 @@ def table(folder: Path, name: str) -> list[str]:
     for machine, (gpus, nodes, gigabytes, tflops) in MACHINES.items():
         whole, lora = baseline(gpus, nodes), replace(baseline(gpus, nodes), lora_rank=LORA_RANK)
         columns = ((full, whole), (half, whole), (full, lora))
-        cells = [cell(fitting(what, layout, gigabytes * 1e9, tflops), gigabytes) for what, layout in columns]
+        cells = [cell(what, layout, gigabytes, tflops) for what, layout in columns]
         lines.append(f"| {machine} | {' | '.join(cells)} |")
     return lines
 
