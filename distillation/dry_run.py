@@ -37,9 +37,9 @@ def dry_run(config: Config) -> int:
         return 0
     if plan.memory.fits(gpu_bytes):
         left = gpu_bytes - plan.memory.peak
-        print(f"fits: {plan.memory.peak / 1e9:.1f} of {gpu_bytes / 1e9:.0f} GB, {left / 1e9:.1f} GB are left")
+        print(f"fits: {plan.memory.peak / 1e9:.1f} of {gpu_bytes / 1e9:.3g} GB, {left / 1e9:.1f} GB are left")
         return 0
-    print(f"does NOT fit: {plan.memory.peak / 1e9:.1f} GB of {gpu_bytes / 1e9:.0f} GB, {SPARE:.0%} of which are spare")
+    print(f"does NOT fit: {plan.memory.peak / 1e9:.1f} GB of {gpu_bytes / 1e9:.3g} GB, {SPARE:.0%} of which are spare")
     print(suggestions(fitting(plan.shapes, plan.layout, gpu_bytes, tflops), gpu_bytes))
     return 1
 
@@ -133,7 +133,7 @@ def suggestions(fits: list[Fit], gpu_bytes: float) -> str:
     for fit in fits:
         otherwise = "; another student" if fit.trains_otherwise else ""
         lines.append(
-            f"  {' '.join(fit.flags)}\n    {fit.memory.peak / 1e9:.1f} of {gpu_bytes / 1e9:.0f} GB, "
+            f"  {' '.join(fit.flags)}\n    {fit.memory.peak / 1e9:.1f} of {gpu_bytes / 1e9:.3g} GB, "
             f"{fit.seconds / 3600:.3g} hours{otherwise}"
         )
     return "\n".join(lines)
