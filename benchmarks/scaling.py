@@ -14,7 +14,7 @@ if not __package__:  # run as a file: this folder, where this file would hide ot
 
 from benchmarks.memory import at_half_depth, baseline, shapes_of_teacher, task_of
 from benchmarks.shapes import COMMON, TEACHERS
-from distillation.cost import H100_TFLOPS, NETWORK, NODE_LINK, UTILISATION, cost_of, link_speed
+from distillation.cost import H100_TFLOPS, NETWORK, NODE_LINK, UTILISATION, cost_of
 from distillation.memory import Layout, Shapes, Task, memory_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
@@ -40,6 +40,8 @@ OUTRO = """
   Where links bind, a larger `--train_batch_size` is the cure; a replicated teacher moves nothing.
 - Under DDP gradients move once an update, whatever the batch and `--gradient_accumulation_steps`; under FSDP weights
   are gathered and gradients spread for every micro-batch.
+- 225 GB fit no GPU of today: with the teacher whole and DDP, the student must be smaller or a LoRA. The rows stand for
+  what they move.
 - Prompts a step grow with the GPUs: 512 at one prompt each are 8 times the published 64. Beyond that, more GPUs make
   larger batches, not fewer steps.
 """
@@ -50,7 +52,7 @@ def row(shapes: Shapes, name: str, nodes: int, task: Task, layout: Layout) -> st
     computing = cost.flops / (H100_TFLOPS * 1e12 * UTILISATION)
     cells = [
         f"{8 * nodes}", name, task.objective, f"{cost.flops / 1e12:.0f}", f"{computing:.2f}",
-        f"{cost.link_bytes / 1e9:.0f}", f"{cost.link_bytes / link_speed(layout):.2f}", cost.limit,
+        f"{cost.link_bytes / 1e9:.0f}", f"{cost.link_seconds:.2f}", cost.limit,
         f"{memory_of(shapes, layout).peak / 1e9:.0f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"

@@ -4,7 +4,7 @@ Operations are those of matrix products. Traffic over the links is taken to hide
 counts. Speeds that no flag gives are stated here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distillation.memory import Layout, Shapes, Task, trained
 from distillation.objective import own_parameters
@@ -30,10 +30,19 @@ class Cost:
     teacher_flops: float
     student_flops: float
     own_flops: float
-    link_bytes: float  # between GPUs
+    node_bytes: float  # from GPUs of the same node
+    network_bytes: float  # in collectives over several nodes
     host_bytes: float  # from main memory
     seconds: float
     limit: str  # "compute", "links" or "host"
+
+    @property
+    def link_bytes(self) -> float:
+        return self.node_bytes + self.network_bytes
+
+    @property
+    def link_seconds(self) -> float:
+        return self.node_bytes / NODE_LINK + self.network_bytes / min(NODE_LINK, NETWORK)
 
     @property
     def flops(self) -> float:
@@ -46,7 +55,7 @@ def cost_of(shapes: Shapes, layout: Layout, task: Task, tflops: float) -> Cost:
         tflops: the GPU's peak in bf16, of which UTILISATION is reached.
     """
     teacher, student, own = flops_of(shapes, layout, task)
-    links, rate = link_bytes(shapes, layout, task), tflops * 1e12 * UTILISATION
+    (in_node, over_nodes), rate = link_bytes(shapes, layout, task), tflops * 1e12 * UTILISATION
     in_float32 = layout.itemsize == 4
     host, calls = 0.0, task.work.guided * layout.gradient_accumulation_steps
     sizes = [expert.bytes(layout.teacher_dtype, layout.teacher_storage_dtype) for expert in shapes.experts]
@@ -62,9 +71,10 @@ def cost_of(shapes: Shapes, layout: Layout, task: Task, tflops: float) -> Cost:
         host = calls * max(sizes)
         by_teacher = max(by_teacher, host / HOST_LINK)
     computing = by_teacher + (student + own) / (rate * FLOAT32_SHARE if in_float32 else rate)
-    moving = links / link_speed(layout)
-    limit = "links" if moving > computing else "host" if by_teacher > 2 * teacher / rate else "compute"
-    return Cost(teacher, student, own, links, host, max(computing, moving), limit)
+    cost = Cost(teacher, student, own, in_node, over_nodes, host, computing, "compute")
+    if cost.link_seconds > computing:
+        return replace(cost, seconds=cost.link_seconds, limit="links")
+    return replace(cost, limit="host") if by_teacher > 2 * teacher / rate else cost
 
 
 def flops_of(shapes: Shapes, layout: Layout, task: Task) -> tuple[float, float, float]:
@@ -83,36 +93,26 @@ def flops_of(shapes: Shapes, layout: Layout, task: Task) -> tuple[float, float, 
     )
 
 
-def link_bytes(shapes: Shapes, layout: Layout, task: Task) -> float:
-    """What a GPU receives from others in a step: gathered weights, and gradients, which are averaged once an update."""
-    work, micro, n = task.work, layout.gradient_accumulation_steps, layout.num_gpus
-    if n == 1:
-        return 0.0
+def link_bytes(shapes: Shapes, layout: Layout, task: Task) -> tuple[float, float]:
+    """What a GPU receives from others in a step, in collectives within a node and in those over several: gathered
+    weights, and gradients, which are averaged once an update."""
+    work, micro, n, nodes = task.work, layout.gradient_accumulation_steps, layout.num_gpus, layout.num_nodes
     own = own_parameters(task.objective, task.settings, trained(shapes, layout), list(shapes.experts))
-    one = own.trained / len(shapes.experts)
-    expert = sum(e.bytes(layout.teacher_dtype, layout.teacher_storage_dtype) for e in shapes.experts) / len(
-        shapes.experts
-    )
-    received = 0.0
+    sizes = [expert.bytes(layout.teacher_dtype, layout.teacher_storage_dtype) for expert in shapes.experts]
+    received = [0.0, 0.0]
     if layout.teacher == "shard":
         passes = work.guided + (2 * work.fake_trained + work.fake if own.adapters else 0)
-        received += micro * passes * expert * (n - 1) / n
+        received[nodes > 1] += micro * passes * sum(sizes) / len(sizes) * (n - 1) / n
+    k = layout.shards
     for count, forwards, updates, whole in (
         (trained(shapes, layout), work.drawn, work.updates, not layout.lora_rank),
-        (one, work.fake, work.fake_updates, not own.adapters),
+        (own.trained / len(sizes), work.fake, work.fake_updates, not own.adapters),
     ):
-        k = layout.shards
-        if k > 1:
-            gathered = (micro * (forwards + 2 * updates)) * count * layout.itemsize if whole else 0
-            received += (gathered + micro * updates * 4 * count) * (k - 1) / k
-        if k < n:  # an all-reduce is a reduce-scatter and an all-gather
-            received += 2 * updates * 4 * (count / k) * (1 - k / n)
-    return received
-
-
-def link_speed(layout: Layout) -> float:
-    """Bytes a second that a GPU receives: within a node, or what its share of the network allows."""
-    return NODE_LINK if layout.num_nodes == 1 else min(NODE_LINK, NETWORK)
+        gathered = micro * (forwards + 2 * updates) * count * layout.itemsize if whole else 0
+        received[k > n // nodes] += (gathered + micro * updates * 4 * count) * (k - 1) / k
+        # What is left to average: an all-reduce is a reduce-scatter and an all-gather.
+        received[nodes > 1] += 2 * updates * 4 * (count / k) * (1 - k / n)
+    return received[0], received[1]
 
 
 def peak_tflops(gpu_name: str) -> float:
