@@ -35,6 +35,7 @@ from config.errors import UserError
 from data.files import make_writable_folder
 from data.prompt_embeddings import Batch, PromptEmbeddings, encode_prompts, encoder_key
 from data.sampler import PromptSampler
+from distillation.dry_run import dry_run
 from distillation.ema import EMA
 from distillation.objective import Noise, Objective, Setup, build_objective, settings_of
 from distillation.plan import Plan, describe, make_plan, read_sample_prompts
@@ -121,6 +122,8 @@ def run(argv: list[str]) -> None:
     if config.run.review:
         make_review(Path(config.run.review))
         return
+    if config.run.dry_run:
+        sys.exit(dry_run(config))
     if config.run.multi_gpu and "RANK" not in os.environ:
         start_one_process_a_gpu(argv)
     check_launch(config.run.distributed)

@@ -234,6 +234,19 @@ class RunConfig:
     seed: int = setting(0, "of weights, training noise and pictures", bound=SEED)
     distributed: bool = setting(False, "fail unless started by torchrun")
     multi_gpu: bool = setting(False, "start one process for each GPU")
+    dry_run: bool = setting(
+        False, "say what the run takes on each GPU, whether it fits and what it costs; load and train nothing"
+    )
+    gpu_memory: float | None = setting(
+        None, "GB (10⁹ bytes) of a GPU, for --dry_run (default: of the one that is there)", bound=POSITIVE
+    )
+    gpu_tflops: float | None = setting(
+        None, "its peak in bf16, for --dry_run's times (default: by its name, else an H100's 989)", bound=POSITIVE
+    )
+    num_gpus: int | None = setting(
+        None, "GPUs that --dry_run plans for, on all nodes (default: torchrun's processes)", bound=AT_LEAST_ONE
+    )
+    num_nodes: int = setting(1, "nodes that --dry_run plans for", bound=AT_LEAST_ONE)
     ddp_timeout: float = setting(3600.0, "seconds that a rank waits for the others", bound=POSITIVE)
     checkpointing_steps: int = setting(
         500,
@@ -470,7 +483,12 @@ def require(config: Config, given: dict[str, Given]) -> None:
     if not config.teacher.teacher_path and not sampling.sample_only:
         example = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
         raise UserError(f"--teacher_path is missing: give a Wan pipeline's folder or its hub id, e.g. {example}")
-    if not config.data.data_path and not sampling.sample_only:
+    if config.run.dry_run and sampling.sample_only:
+        raise UserError("--dry_run: plans a training; leave out --sample_only")
+    if config.run.num_gpus and config.run.num_gpus % config.run.num_nodes:
+        accepted = f"multiples of --num_nodes {config.run.num_nodes}"
+        raise UserError(f"{given['num_gpus'].source}: nodes have equally many; accepted are {accepted}")
+    if not config.data.data_path and not sampling.sample_only and not config.run.dry_run:
         raise UserError("--data_path is missing: give a file of prompts, .txt or .jsonl, e.g. data/static_prompts.txt")
     if (sampling.save_samples or sampling.sample_only) and not sampling.sample_prompts:
         which = "--sample_only" if sampling.sample_only else "--save_samples"

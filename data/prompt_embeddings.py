@@ -29,6 +29,7 @@ from distributed.process_group import Ranks, broadcast_object, gather_objects, t
 logger = logging.getLogger(__name__)
 
 LAYOUT_VERSION = 1  # part of every key: raise it when what is stored changes
+PROMPTS_A_CALL = 32  # of the text encoder
 PROMPTS_PER_PART = 256  # what an interruption loses at most, a rank; 84 MB of UMT5-XXL in bf16 at 40 tokens a prompt
 SAMPLED_BYTES = 2**20  # read from either end of a weight file for its hash
 ORIGIN_KEYS = ("transformers_version", "name_or_path")
@@ -88,7 +89,7 @@ def encode_prompts(
     cache_dir: str | Path,
     key: str,
     ranks: Ranks,
-    batch_size: int = 32,
+    batch_size: int = PROMPTS_A_CALL,
     progress: bool = True,
     after_part: Callable[[], None] = lambda: None,
 ) -> PromptEmbeddings:

@@ -16,6 +16,7 @@ from data.prompt_embeddings import Batch
 from distributed.sharding import copy_network
 from models.flow import TimeGrid, VelocityField
 from models.folding import fold_text
+from models.sizes import WanSize
 from models.teacher import Teacher
 
 
@@ -97,6 +98,34 @@ def mix_seeds(*parts: int) -> int:
     return state >> 1
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one optimizer step asks of the networks, in latents for each prompt of a micro-batch.
+
+    Forwards with a backward: `trained` of the student, `fake_trained` of the objective's own networks. Without one:
+    `guided` of the teacher (each two forwards, in one batch), `drawn` of the student or a copy of it, `fake` of the
+    objective's own.
+    """
+
+    trained: float
+    at_once: float  # of `trained`, in one forward: they decide how much is kept for the backward
+    guided: float = 0.0
+    drawn: float = 0.0
+    fake: float = 0.0
+    fake_trained: float = 0.0
+    updates: int = 1  # of the student
+    fake_updates: int = 0
+
+
+class Own(NamedTuple):
+    """Parameters that an objective holds besides student and teacher, in float32. `adapters`: whether the trained ones
+    stand on the teacher's experts."""
+
+    trained: int = 0
+    frozen: int = 0
+    adapters: bool = False
+
+
 class Remark(NamedTuple):
     """What an objective has seen, in words for the user."""
 
@@ -122,10 +151,14 @@ class Objective:
         the phase. Called for all phases before weights are loaded."""
 
     @staticmethod
-    def extra_bytes(settings, student: nn.Module, experts: list[nn.Module], trained_bytes: int) -> int:
-        """What the objective holds besides student and teacher, which are on the meta device: weights, and
-        `trained_bytes` a trained parameter."""
-        return 0
+    def work(settings, student_steps: int) -> Work:
+        """What a step costs, from the settings alone."""
+        raise NotImplementedError
+
+    @staticmethod
+    def own_parameters(settings, student: int, experts: list[WanSize]) -> Own:
+        """What the objective holds besides student and teacher, where `student` parameters are trained."""
+        return Own()
 
     def use(self, wrapped: dict[str, nn.Module]) -> None:
         """Takes `networks()` back as training calls them, wrapped for data parallelism: losses must go through these,
@@ -235,10 +268,16 @@ def trains_experts(name: str) -> bool:
     return _file_of(name).Objective.trains_experts
 
 
-def extra_bytes(name: str, settings: dict, student: nn.Module, experts: list[nn.Module], trained_bytes: int) -> int:
+def work(name: str, settings: dict, student_steps: int) -> Work:
+    """What a step of an objective asks of the networks."""
+    file = _file_of(name)
+    return file.Objective.work(file.Settings(**settings), student_steps)
+
+
+def own_parameters(name: str, settings: dict, student: int, experts: list[WanSize]) -> Own:
     """What an objective holds besides student and teacher."""
     file = _file_of(name)
-    return file.Objective.extra_bytes(file.Settings(**settings), student, experts, trained_bytes)
+    return file.Objective.own_parameters(file.Settings(**settings), student, experts)
 
 
 def build_objective(name: str, setup: Setup, settings: dict) -> Objective:

@@ -3,26 +3,27 @@
 import hashlib
 import importlib.util
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
 
 from config.config import Config, Phase
 from config.errors import UserError
 from data.prompts import holds_half_character, read_prompts
-from distillation.objective import check_objective, extra_bytes, trains_experts
-from distributed.placement import Placement, choose_placement, resident_bytes
+from distillation.memory import Layout, Memory, Shapes, layout_of, memory_of, shapes_of
+from distillation.objective import check_objective, trains_experts
+from distributed.placement import Placement, choose_placement
 from distributed.process_group import Ranks
-from models.adapters import Adapted
 from models.compiling import check_compiler
 from models.flow import TimeGrid, few_step_grid
+from models.folding import MAX_SEQUENCE_LENGTH
 from models.student import StudentSpec, read_student_config
 from models.teacher import TeacherInfo, check_weights, default_guidance, inspect_teacher, resolve_dtype
 from sampling.parallel import share
 
-STORAGE_DTYPES = {"auto": None, "float8_e4m3fn": torch.float8_e4m3fn}  # of --teacher_storage_dtype
+ASSUMED_TOKENS = 128  # of a text, where no prompts are given
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ class Plan:
     binding_limit: str
     sample_interval: int
     guidance: tuple[float, float]  # of the high-noise expert and the low-noise one
-    memory: dict[str, float]  # part → GB that each rank's device must hold
+    shapes: Shapes
+    layout: Layout
+    memory: Memory
     placement: Placement  # of the teacher
-    storage_dtype: torch.dtype | None = None  # of the teacher's weights while they wait, where it is another one
 
     def resolved(self) -> dict:
         """What the settings leave to teacher and machine, as decided: for config.json and the model card."""
@@ -92,36 +94,44 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
     settings = config.optimization
     if settings.mixed_precision == "fp16" and ranks.device.type == "cpu":
         raise UserError("--mixed_precision fp16: a CPU cannot train in fp16; accepted here: no, bf16")
-    if settings.use_8bit_adam:
+    if settings.use_8bit_adam and not config.run.dry_run:
         check_8bit_adam(ranks.device)
-    if settings.compile:
+    if settings.compile and not config.run.dry_run:
         check_compiler(ranks.device)
     info = inspect_teacher(config.teacher.teacher_path, config.teacher.teacher_revision, config.teacher.flow_shift)
-    check_weights(info)
+    if not config.run.dry_run:
+        check_weights(info)
     if config.teacher.guidance_scale_2 is not None and info.boundary_ratio is None:
         raise UserError(f"--guidance_scale_2: {info.name} has one expert; accepted here: --guidance_scale")
     shift = config.student.student_shift or info.flow_shift
-    prompts = read_prompts(Path(config.data.data_path))
-    batch = settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size
-    steps_per_epoch = settings.steps_per_epoch or math.ceil(len(prompts) / batch)
+    prompts = read_prompts(Path(config.data.data_path)) if config.data.data_path else []
+    steps_per_epoch = resolve_epoch(config, len(prompts), ranks)
     limits = {"--num_steps": settings.num_steps, "--num_epochs": (settings.num_epochs or 0) * steps_per_epoch}
     binding_limit, total_steps = min(((k, v) for k, v in limits.items() if v), key=lambda limit: limit[1])
     phases = config.phases
     if len(phases) == 1:
         phases = (replace(phases[0], steps=total_steps),)
     check_sharding(config, ranks)
+    check_phases(phases, config)
     spec, dtype = read_spec(config, info), resolve_dtype(config.teacher.teacher_dtype, ranks.device)
-    storage_dtype = STORAGE_DTYPES[config.teacher.teacher_storage_dtype]
-    memory, placement = memory_needed(config, info, spec, storage_dtype or dtype, ranks, gpu_memory(ranks.device))
+    sample_prompts = read_sample_prompts(config)
+    guidance = default_guidance(info, config.teacher.guidance_scale, config.teacher.guidance_scale_2)
+    shapes = shapes_of(info, spec, phases, config.student.student_steps, text_tokens([*prompts, *sample_prompts]))
+    nodes = max(1, ranks.world_size // ranks.local_world_size)
+    layout = layout_of(config, ranks.world_size, nodes, dtype, max(guidance) > 1, len(sample_prompts))
+    placement = place_teacher(config, shapes, layout, ranks)
+    layout = replace(layout, teacher=placement.strategy)
     if config.student.lora_rank:
         check_lora(spec, info, config, placement.strategy)
-    check_phases(phases, config, placement.strategy)
-    check_memory(memory, info, ranks.device)
+    check_experts(phases, config, placement.strategy)
+    memory = memory_of(shapes, layout)
+    if not config.run.dry_run:
+        check_memory(memory, info, ranks.device)
     return Plan(
         info=info,
         spec=spec,
         prompts=prompts,
-        sample_prompts=read_sample_prompts(config),
+        sample_prompts=sample_prompts,
         grid=few_step_grid(config.student.student_steps, shift),
         shift=shift,
         dtype=dtype,
@@ -130,27 +140,44 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
         total_steps=total_steps,
         binding_limit=binding_limit,
         sample_interval=config.sampling.sample_interval,
-        guidance=default_guidance(info, config.teacher.guidance_scale, config.teacher.guidance_scale_2),
+        guidance=guidance,
+        shapes=shapes,
+        layout=layout,
         memory=memory,
         placement=placement,
-        storage_dtype=storage_dtype,
+        storage_dtype=layout.teacher_storage_dtype,
     )
 
 
-def check_phases(phases: tuple[Phase, ...], config: Config, strategy: str) -> None:
-    """Raises UserError, which names the phase, for settings that contradict each other or the rest.
-
-    Args:
-        strategy: where the teacher is to be.
-    """
-    for number, phase in enumerate(phases, 1):
-        where = f"[[phase]] {number}, {phase.objective}" if len(phases) > 1 else f"--objective {phase.objective}"
+def check_phases(phases: tuple[Phase, ...], config: Config) -> None:
+    """Raises UserError, which names the phase, for settings that contradict each other or the rest."""
+    for where, phase in named(phases):
         try:
             check_objective(phase.objective, phase.settings, config.student.student_steps, phase.steps)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+
+
+def check_experts(phases: tuple[Phase, ...], config: Config, strategy: str) -> None:
+    """Raises UserError, which names the phase, where an objective trains on experts that are not where it needs them.
+
+    Args:
+        strategy: where the teacher is to be.
+    """
+    for where, phase in named(phases):
         if trains_experts(phase.objective):
             check_trained_experts(where, strategy, config.teacher.teacher_storage_dtype)
+        if strategy == "shard" and config.student.lora_rank and phase.settings.get("fake_score") == "full":
+            raise UserError(
+                f"{where}: fake_score full copies experts, and with --lora_rank and --teacher_device_strategy shard "
+                'they hold the student; accepted: fake_score = "lora"'
+            )
+
+
+def named(phases: tuple[Phase, ...]) -> Iterator[tuple[str, Phase]]:
+    """Each phase with what errors call it."""
+    for number, phase in enumerate(phases, 1):
+        yield f"[[phase]] {number}, {phase.objective}" if len(phases) > 1 else f"--objective {phase.objective}", phase
 
 
 def check_8bit_adam(device: torch.device) -> None:
@@ -212,67 +239,46 @@ def check_sharding(config: Config, ranks: Ranks) -> None:
         )
 
 
-def memory_needed(
-    config: Config, info: TeacherInfo, spec: StudentSpec, dtype: torch.dtype, ranks: Ranks, device_bytes: int | None
-) -> tuple[dict[str, float], Placement]:
-    """GB (10⁹ bytes) that each rank's device must hold, by part, and where the teacher is to be.
-
-    Without activations and text: a lower bound.
-
-    Args:
-        dtype: of the teacher's weights as they are kept.
-        device_bytes: a GPU's memory, None without one.
-    """
-    with torch.device("meta"):
-        student = WanTransformer3DModel.from_config(spec.transformer_config)
-        if config.student.lora_rank:
-            student = Adapted(student, "student", config.student.lora_rank)  # what it stands on is counted as teacher
-        experts = [WanTransformer3DModel.from_config(c) for c in info.transformer_configs.values()]
-
-    def billions(*networks: WanTransformer3DModel) -> float:
-        return sum(p.numel() for network in networks for p in network.parameters()) / 1e9
-
-    # Float32 weights, gradients, and AdamW's two moments, in 8 bits on demand; the average is one more copy.
-    trained_bytes = 10 if config.optimization.use_8bit_adam else 16
-    by_sharding = {"ddp": 1, "fsdp": ranks.world_size, "hybrid": ranks.local_world_size}
-    slices = by_sharding[config.optimization.student_sharding]
-    name = "student's LoRA and AdamW" if config.student.lora_rank else "student and AdamW"
-    needed = {name: billions(student) * (trained_bytes + (4 if config.optimization.use_ema else 0)) / slices}
-
-    def own_bytes(phase: Phase) -> float:
-        """What its objective adds, spread as the student is; copies of experts that are sharded, as those."""
-        as_experts = trains_experts(phase.objective) and config.teacher.device_strategy == "shard"
-        added = extra_bytes(phase.objective, phase.settings, student, experts, trained_bytes)
-        return added / (ranks.world_size if as_experts else slices)
-
-    # Phases come one after the other.
-    largest, objective = max((own_bytes(phase), phase.objective) for phase in config.phases)
-    own = {f"{objective}'s own networks": largest / 1e9} if largest else {}
-    sizes = [billions(expert) * dtype.itemsize for expert in experts]
-    rest = sum((needed | own).values())
-    placement = choose_placement(
-        config.teacher.device_strategy, ranks, device_bytes, [s * 1e9 for s in sizes], rest * 1e9
-    )
-    blocks = min(c["num_layers"] for c in info.transformer_configs.values())
-    if teacher := resident_bytes(placement.strategy, ranks.world_size, sizes, blocks):
-        needed["teacher"] = teacher
-    return needed | own, placement
+def place_teacher(config: Config, shapes: Shapes, layout: Layout, ranks: Ranks) -> Placement:
+    """Where the teacher is to be: as asked for, or where there is room for it beside all else that stays."""
+    rest = memory_of(shapes, layout).least  # which has no teacher yet
+    sizes = [expert.bytes(layout.teacher_dtype, layout.teacher_storage_dtype) for expert in shapes.experts]
+    return choose_placement(config.teacher.device_strategy, ranks, gpu_memory(config, ranks.device), sizes, rest)
 
 
-def gpu_memory(device: torch.device) -> int | None:
-    """Bytes, or None where the device is no GPU."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+def gpu_memory(config: Config, device: torch.device) -> float | None:
+    """Bytes: as --gpu_memory says, else what is there; None where the device is no GPU, or one that is not here."""
+    if config.run.gpu_memory:
+        return config.run.gpu_memory * 1e9
+    return torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else None
 
 
-def check_memory(needed: dict[str, float], info: TeacherInfo, device: torch.device) -> None:
-    """Raises UserError where weights and optimizer alone exceed the GPU."""
-    there = (gpu_memory(device) or math.inf) / 1e9
-    if sum(needed.values()) > there:
-        parts = " and ".join(f"{name} {size:.0f} GB" for name, size in needed.items())
+def resolve_epoch(config: Config, prompts: int, ranks: Ranks) -> int:
+    """Steps of an epoch: as asked for, or one pass over the prompts; without prompts, in a dry run, the whole run."""
+    settings = config.optimization
+    if settings.steps_per_epoch:
+        return settings.steps_per_epoch
+    if not prompts and not settings.num_steps:
+        raise UserError("--num_epochs: an epoch is one pass over the prompts; give --data_path or --steps_per_epoch")
+    batch = settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size
+    return math.ceil(prompts / batch) or settings.num_steps
+
+
+def text_tokens(prompts: list[str]) -> int:
+    """About how many tokens the longest prompt has: one for three bytes of it, rarely fewer."""
+    longest = max((len(prompt.encode()) for prompt in prompts), default=3 * ASSUMED_TOKENS)
+    return min(MAX_SEQUENCE_LENGTH, math.ceil(longest / 3))
+
+
+def check_memory(memory: Memory, info: TeacherInfo, device: torch.device) -> None:
+    """Raises UserError where weights, gradients and optimizer alone exceed the GPU."""
+    if device.type != "cuda":
+        return
+    there = torch.cuda.get_device_properties(device).total_memory
+    if memory.least > there:
         raise UserError(
-            f"--teacher_path {info.name}: each rank needs {parts}, besides activations, and this GPU has "
-            f"{there:.0f} GB; spread them over several (--teacher_device_strategy shard, --student_sharding fsdp), "
-            'lower num_layers in --student_config, or take a smaller teacher (with dmd: fake_score = "lora")'
+            f"--teacher_path {info.name}: weights, gradients and optimizer alone need {memory.least / 1e9:.0f} GB on "
+            f"each GPU, and this one has {there / 1e9:.0f} GB; the same command with --dry_run says which settings fit"
         )
 
 
@@ -326,11 +332,11 @@ def describe(plan: Plan, config: Config, ranks: Ranks) -> str:
         "spread": f"teacher {plan.placement}, "
         f"student {settings.student_sharding if ranks.world_size > 1 else 'whole (one rank)'}",
         "runs on": f"{ranks.world_size} × {ranks.device.type}, mixed precision {settings.mixed_precision}",
-        "prompts": f"{len(plan.prompts)} from {config.data.data_path}",
+        "prompts": f"{len(plan.prompts)} from {config.data.data_path}" if plan.prompts else "none given",
         "batch": f"{batch} prompts a step = {settings.train_batch_size} a rank × {ranks.world_size} ranks × "
         f"{settings.gradient_accumulation_steps} accumulated",
-        "memory": " + ".join(f"{name} {size:.3g} GB" for name, size in plan.memory.items())
-        + " a rank, besides activations",
+        "memory": f"{plan.memory.peak / 1e9:.3g} GB a rank at the most ({plan.memory.peak_stage}), of which "
+        f"{plan.memory.least / 1e9:.3g} GB are weights, gradients and optimizer",
         "trains": phases,
         "ends": f"after {plan.total_steps} steps ({plan.binding_limit} binds), "
         f"{plan.epoch_of(plan.total_steps)} epochs of {plan.steps_per_epoch} steps",

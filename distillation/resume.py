@@ -27,8 +27,8 @@ from distributed.sharding import cut_state_like
 FREE = {
     "config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "checkpointing_steps",
     "checkpoints_total_limit", "distributed", "multi_gpu", "ddp_timeout", "logging_steps", "report_to", "run_name",
-    "tracker_project_name", "review", "prompt_cache_dir", "dataloader_num_workers", "num_steps", "num_epochs",
-    "merge_lora",
+    "tracker_project_name", "review", "dry_run", "gpu_memory", "gpu_tflops", "num_gpus", "num_nodes",
+    "prompt_cache_dir", "dataloader_num_workers", "num_steps", "num_epochs", "merge_lora",
 }  # fmt: skip
 
 

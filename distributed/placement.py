@@ -21,15 +21,15 @@ class Placement(NamedTuple):
         return f"{self.strategy} ({self.why})" if self.why else self.strategy
 
 
-def choose_placement(asked: str, ranks: Ranks, memory: int | None, experts: list[float], rest: float) -> Placement:
+def choose_placement(asked: str, ranks: Ranks, memory: float | None, experts: list[float], rest: float) -> Placement:
     """What a --teacher_device_strategy comes to on this machine.
 
     Args:
-        memory: bytes of a rank's GPU, None without one.
+        memory: bytes of a rank's GPU, None where it is not known.
         experts: bytes of each.
         rest: bytes that a rank needs besides: student, optimizer, …
     """
-    if memory is None and asked != "cpu":
+    if ranks.device.type != "cuda" and asked != "cpu":
         if asked == "shard" and ranks.world_size > 1:
             return Placement("shard")
         why = {"auto": "no CUDA device", "replicate": "", "shard": "one rank alone"}.get(
@@ -40,6 +40,8 @@ def choose_placement(asked: str, ranks: Ranks, memory: int | None, experts: list
         return Placement("replicate", "one rank alone")
     if asked != "auto":
         return Placement(asked)
+    if memory is None:
+        return Placement("replicate", "as if it fitted: how much memory a GPU has is not known")
     room = FILLED * memory - rest
     has = f"{sum(experts) / 1e9:.3g} GB beside {rest / 1e9:.3g} GB on a GPU of {memory / 1e9:.3g} GB"
     if sum(experts) <= room:
@@ -49,18 +51,6 @@ def choose_placement(asked: str, ranks: Ranks, memory: int | None, experts: list
     if max(experts) <= room and len(experts) > 1:
         return Placement("offload", f"one expert fits, two do not: {has}")
     return Placement("group_offload", f"not even one expert fits: {has}")
-
-
-def resident_bytes(strategy: str, world_size: int, experts: list[float], blocks: int) -> float:
-    """What frozen experts take of a rank's device, in the unit of `experts`. `blocks`: of each expert."""
-    block = max(experts) / blocks
-    return {
-        "replicate": sum(experts),
-        "shard": sum(experts) / world_size + 2 * block,  # one runs while the next is gathered
-        "offload": max(experts),
-        "group_offload": 2 * block,
-        "cpu": 0.0,
-    }[strategy]
 
 
 def place(networks: list[nn.Module], strategy: str, ranks: Ranks) -> None:

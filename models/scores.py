@@ -3,7 +3,7 @@
 from torch import nn
 
 from distributed.sharding import copy_network
-from models.adapters import LORA_TARGETS, Adapted, remove_adapters
+from models.adapters import Adapted, remove_adapters
 from models.teacher import Teacher
 
 ADAPTER = "fake_score"
@@ -37,12 +37,3 @@ def remove_fake_adapters(teacher: Teacher) -> None:
     """Leave the experts as they were before "lora" put adapters into them."""
     for expert in teacher.experts:
         remove_adapters(expert.field.transformer, ADAPTER)
-
-
-def trained_parameters(experts: list[nn.Module], kind: str, rank: int) -> int:
-    """How many parameters `fake_scores` would train. The experts may be on the meta device."""
-    if kind == "full":
-        return sum(p.numel() for expert in experts for p in expert.parameters())
-    linear = [(name, m) for expert in experts for name, m in expert.named_modules() if isinstance(m, nn.Linear)]
-    targets = [m for name, m in linear if any(name.endswith(f".{target}") for target in LORA_TARGETS)]
-    return sum(rank * (m.in_features + m.out_features) for m in targets)

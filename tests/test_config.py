@@ -280,7 +280,6 @@ def test_wrong_flags(files, flags, parts):
         ["--push_to_hub"],
         ["--snr_gamma", "5"],
         ["--snr_gamma=5"],
-        ["--dry_run"],
     ],
 )
 def test_flags_of_other_trainers_bring_no_misleading_hint(files, flags):

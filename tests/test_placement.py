@@ -9,7 +9,7 @@ from config.config import load_config
 from config.errors import UserError
 from distillation.objective import settings_of
 from distillation.plan import check_phases, check_sharding
-from distributed.placement import choose_placement, keep_one_resident, place, resident_bytes
+from distributed.placement import choose_placement, keep_one_resident, place
 from distributed.process_group import Ranks
 from models.folding import fold_text
 from models.scores import fake_scores
@@ -18,8 +18,8 @@ from models.teacher import Teacher, inspect_teacher, load_teacher
 CPU, GB = torch.device("cpu"), 10**9
 
 
-def ranks_of(world_size: int) -> Ranks:
-    return Ranks(0, world_size, 0, world_size, CPU, launched_by_torchrun=world_size > 1)
+def ranks_of(world_size: int, device: torch.device = CPU) -> Ranks:
+    return Ranks(0, world_size, 0, world_size, device, launched_by_torchrun=world_size > 1)
 
 
 @pytest.mark.parametrize(
@@ -40,23 +40,16 @@ def ranks_of(world_size: int) -> Ranks:
 )
 def test_where_two_experts_of_14_billion_go(asked, world_size, memory, strategy, why):
     experts = [28.6 * GB, 28.6 * GB]
-    chosen = choose_placement(asked, ranks_of(world_size), memory and memory * GB, experts, 15 * GB)
+    ranks = ranks_of(world_size, torch.device("cuda") if memory else CPU)
+    chosen = choose_placement(asked, ranks, memory and memory * GB, experts, 15 * GB)
     assert chosen == (strategy, why)
 
 
 def test_one_expert_that_does_not_fit_goes_block_by_block():
-    assert choose_placement("auto", ranks_of(1), 24 * GB, [20 * GB], 10 * GB).strategy == "group_offload"
-
-
-@pytest.mark.parametrize(
-    ("strategy", "size"),
-    [("replicate", 80), ("shard", 12), ("offload", 40), ("group_offload", 2), ("cpu", 0)],
-)
-def test_what_they_take_there(strategy, size):
-    assert resident_bytes(strategy, 8, [40.0, 40.0], blocks=40) == size
-
-
-# ------------------------------------------------------------------------------------------------ in place
+    assert (
+        choose_placement("auto", ranks_of(1, torch.device("cuda")), 24 * GB, [20 * GB], 10 * GB).strategy
+        == "group_offload"
+    )
 
 
 @pytest.fixture

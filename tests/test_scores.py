@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from models.folding import fold_text
-from models.scores import fake_scores, trained_parameters
+from models.scores import fake_scores
+from models.sizes import measure
 from models.teacher import WanVelocity, inspect_teacher, load_teacher
 
 
@@ -37,7 +38,8 @@ def test_they_start_as_the_experts_without_guidance(teacher, asked, kind):
 def test_training_them_moves_them_and_not_the_teacher(teacher, asked, kind):
     x, text = asked
     before = teacher(x, 0.5, text)
-    expected = trained_parameters([teacher.experts[1].field.transformer], kind, rank=2)
+    size = measure(teacher.experts[1].field.transformer)
+    expected = size.parameters if kind == "full" else size.adapters(rank=2)
     network = fake_scores(teacher, kind, rank=2)["fake_score_2"]
     trained = [p for p in network.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == expected
@@ -59,7 +61,8 @@ def test_training_them_moves_them_and_not_the_teacher(teacher, asked, kind):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_adapters_of_an_earlier_phase_are_taken_off(teacher, asked, kind):
     x, text = asked
-    expected = trained_parameters([teacher.experts[1].field.transformer], kind, rank=3)
+    size = measure(teacher.experts[1].field.transformer)
+    expected = size.parameters if kind == "full" else size.adapters(rank=3)
     first = fake_scores(teacher, "lora", rank=2)["fake_score_2"]
     with torch.no_grad():
         for parameter in first.parameters():

@@ -6,16 +6,17 @@ at the path's end f⁻ is x_0 itself. (Song et al. 2023, Alg. 2; with guidance a
 Such a student is best drawn with `--sampler renoise`, which asks it for x̂₀ only. Deterministic DDIM works too.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from config.settings import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, setting
 from data.prompt_embeddings import Batch
 from distillation import objective
-from distillation.objective import Deck, Noise, check_updates, distance, read_text
+from distillation.objective import Deck, Noise, Own, Work, check_updates, distance, read_text
 from models.flow import VelocityField, add_noise, refine_grid, velocity_to_x0
+from models.sizes import WanSize
 from sampling.ddim import rollout
 
 
@@ -51,8 +52,20 @@ class Objective(objective.Objective):
         check_updates(settings.updates_per_rollout, pairs, "pair(s)")
 
     @staticmethod
-    def extra_bytes(settings: Settings, student: nn.Module, experts: list[nn.Module], trained_bytes: int) -> int:
-        return 4 * sum(p.numel() for p in student.parameters()) if settings.target_decay else 0
+    def work(settings: Settings, student_steps: int) -> Work:
+        own, passes = settings.states == "student", settings.rollout_passes
+        pairs, updates = 1 if own else student_steps * settings.teacher_substeps, settings.updates_per_rollout
+        return Work(
+            trained=pairs * passes,
+            at_once=math.ceil(pairs / updates),
+            guided=pairs,
+            drawn=pairs * passes + (student_steps if own else 0),
+            updates=updates * passes,
+        )
+
+    @staticmethod
+    def own_parameters(settings: Settings, student: int, experts: list[WanSize]) -> Own:
+        return Own(frozen=student if settings.target_decay else 0)
 
     def schedule(self, step: int) -> tuple[str, ...]:
         return ("student",) * (self.settings.updates_per_rollout * self.settings.rollout_passes)

@@ -25,7 +25,7 @@ from config.errors import UserError
 from config.settings import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, setting
 from data.prompt_embeddings import Batch
 from distillation import objective
-from distillation.objective import Noise, Remark, read_text
+from distillation.objective import Noise, Own, Remark, Work, read_text
 from distillation.objectives import trajectory
 from models.flow import (
     TimeGrid,
@@ -36,7 +36,8 @@ from models.flow import (
     unshift_time,
     velocity_to_x0,
 )
-from models.scores import fake_scores, remove_fake_adapters, trained_parameters
+from models.scores import fake_scores, remove_fake_adapters
+from models.sizes import WanSize
 from sampling.ddim import ddim_step, rollout
 
 SCORE_TIMES = (0.02, 0.98)  # before the shift; high noise must be among them
@@ -100,8 +101,24 @@ class Objective(objective.Objective):
             )
 
     @staticmethod
-    def extra_bytes(settings: Settings, student: nn.Module, experts: list[nn.Module], trained_bytes: int) -> int:
-        return trained_bytes * trained_parameters(experts, settings.fake_score, settings.fake_lora_rank)
+    def work(settings: Settings, student_steps: int) -> Work:
+        fakes, before = settings.fake_updates, (student_steps - 1) / 2  # the mean of the steps up to a random one
+        anchor = student_steps if settings.anchor_weight else 0
+        return Work(
+            trained=1 + anchor,
+            at_once=1 + anchor,
+            guided=1 + anchor * settings.anchor_substeps,
+            drawn=before + fakes * (before + 1),
+            fake=1,
+            fake_trained=fakes,
+            fake_updates=fakes,
+        )
+
+    @staticmethod
+    def own_parameters(settings: Settings, student: int, experts: list[WanSize]) -> Own:
+        if settings.fake_score == "full":
+            return Own(trained=sum(expert.parameters for expert in experts))
+        return Own(trained=sum(expert.adapters(settings.fake_lora_rank) for expert in experts), adapters=True)
 
     def close(self) -> None:
         remove_fake_adapters(self.setup.teacher)

@@ -10,17 +10,18 @@ Progressive distillation in several rounds is a phase a round: `jumps = 16`, the
 two of its jumps for each new one.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from config.errors import UserError
 from config.settings import AT_LEAST_ONE, NOT_NEGATIVE, setting
 from data.prompt_embeddings import Batch
 from distillation import objective
-from distillation.objective import Deck, Noise, check_updates, distance, read_text
+from distillation.objective import Deck, Noise, Own, Work, check_updates, distance, read_text
 from models.flow import TimeGrid, few_step_grid, refine_grid
+from models.sizes import WanSize
 from sampling.ddim import rollout
 
 
@@ -62,8 +63,20 @@ class Objective(objective.Objective):
             )
 
     @staticmethod
-    def extra_bytes(settings: Settings, student: nn.Module, experts: list[nn.Module], trained_bytes: int) -> int:
-        return 4 * sum(p.numel() for p in student.parameters()) if settings.teach == "student" else 0
+    def work(settings: Settings, student_steps: int) -> Work:
+        jumps, updates = settings.jumps or student_steps, settings.updates_per_rollout
+        shown, by_teacher = jumps * settings.teacher_substeps, settings.teach == "teacher"
+        return Work(
+            trained=jumps * settings.rollout_passes,
+            at_once=math.ceil(jumps / updates),
+            guided=shown if by_teacher else 0,
+            drawn=(0 if by_teacher else shown) + (jumps if settings.states == "student" else 0),
+            updates=updates * settings.rollout_passes,
+        )
+
+    @staticmethod
+    def own_parameters(settings: Settings, student: int, experts: list[WanSize]) -> Own:
+        return Own(frozen=student if settings.teach == "student" else 0)
 
     def schedule(self, step: int) -> tuple[str, ...]:
         return ("student",) * (self.settings.updates_per_rollout * self.settings.rollout_passes)

@@ -5,6 +5,7 @@ a pair (x_t, v_T) at every step, and none is wasted. It takes guidance out (half
 by itself it does not make one that needs few steps.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from config.settings import AT_LEAST_ONE, setting
 from data.prompt_embeddings import Batch
 from distillation import objective
-from distillation.objective import Deck, Noise, check_updates, read_text
+from distillation.objective import Deck, Noise, Work, check_updates, read_text
 from models.flow import refine_grid
 from sampling.ddim import rollout
 
@@ -38,6 +39,16 @@ class Objective(objective.Objective):
     @staticmethod
     def check(settings: Settings, student_steps: int, steps: int) -> None:
         check_updates(settings.updates_per_rollout, student_steps * settings.teacher_substeps, "states")
+
+    @staticmethod
+    def work(settings: Settings, student_steps: int) -> Work:
+        states, updates = student_steps * settings.teacher_substeps, settings.updates_per_rollout
+        return Work(
+            trained=states * settings.rollout_passes,
+            at_once=math.ceil(states / updates),
+            guided=states,
+            updates=updates * settings.rollout_passes,
+        )
 
     def schedule(self, step: int) -> tuple[str, ...]:
         return ("student",) * (self.settings.updates_per_rollout * self.settings.rollout_passes)

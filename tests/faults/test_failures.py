@@ -56,6 +56,14 @@ def test_the_job_ends_and_names_the_rank_and_its_error(fault, words, start):
 
 
 @long
+def test_a_rank_that_fails_while_another_waits_inside_a_forward_is_named(start):
+    sharded = ("--student_sharding", "fsdp", "--teacher_device_strategy", "shard")
+    job = start(*EVERY_STEP, *sharded, fault="raises training 1 3")
+    assert job.end_of_fault() != 0
+    assert_named(job, 1, RAISED)
+
+
+@long
 def test_a_rank_that_cannot_draw_its_share_ends_the_run_after_a_checkpoint(start):
     job = start(*EVERY_STEP, fault="raises sampling 1")
     assert job.end_of_fault() != 0
