@@ -468,9 +468,9 @@ def place_teacher(teacher: Teacher, config: Config, plan: Plan, ranks: Ranks) ->
     experts, strategy = [expert.field.transformer for expert in teacher.experts], plan.placement.strategy
     if config.optimization.compile:  # before they are sharded
         compile_blocks(*experts)
-    if plan.storage_dtype:
+    if plan.layout.teacher_storage_dtype:
         for expert in experts:
-            expert.enable_layerwise_casting(storage_dtype=plan.storage_dtype, compute_dtype=plan.dtype)
+            expert.enable_layerwise_casting(storage_dtype=plan.layout.teacher_storage_dtype, compute_dtype=plan.dtype)
     place(experts, strategy, ranks)
     teacher.in_step = strategy == "shard"
     for expert in teacher.experts:

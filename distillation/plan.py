@@ -145,7 +145,6 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
         layout=layout,
         memory=memory,
         placement=placement,
-        storage_dtype=layout.teacher_storage_dtype,
     )
 
 
@@ -324,7 +323,7 @@ def describe(plan: Plan, config: Config, ranks: Ranks) -> str:
     shares = [len(share(len(plan.sample_prompts), r, ranks.world_size)) for r in range(ranks.world_size)]
     levels = ", ".join(f"{sigma:.3g}" for sigma in plan.grid.sigmas[:-1])
     dtype = str(plan.dtype).removeprefix("torch.")
-    dtype += f" kept in {config.teacher.teacher_storage_dtype}" if plan.storage_dtype else ""
+    dtype += f" kept in {config.teacher.teacher_storage_dtype}" if plan.layout.teacher_storage_dtype else ""
     lines = {
         "teacher": f"{info.name} ({experts}, {dtype}, guidance {w})",
         "student": f"{lora}{student['num_layers']} layers × {width}, {plan.spec.height}×{plan.spec.width} pixels, "

@@ -1,7 +1,6 @@
 """Networks spread over ranks: the same weights and pictures as when each rank holds them whole."""
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from distributed.sharding import copy_network, gradients, whole, whole_weights, 
 from distributed.stop import StopSignal
 from models.teacher import load_transformer
 from tests.ranks import run_ranks
-from tests.test_train import PROGRAM, ROOT, torchrun
+from tests.test_train import PROGRAM, torchrun
 
 PROMPTS = ("a cat", "a dog on a hill", "some bird", "a fish", "five green apples")
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
