@@ -8,7 +8,7 @@ import torch
 from config.config import load_config
 from config.errors import UserError
 from distillation.objective import settings_of
-from distillation.plan import check_phases, check_sharding
+from distillation.plan import check_experts, check_sharding
 from distributed.placement import choose_placement, keep_one_resident, place
 from distributed.process_group import Ranks
 from models.folding import fold_text
@@ -152,14 +152,14 @@ def config_of(*flags: str):
 def test_dmd_trains_on_no_expert_that_is_off_the_device(strategy):
     config = config_of("--objective", "dmd")
     with pytest.raises(UserError, match=f"--objective dmd: .*--teacher_device_strategy {strategy}"):
-        check_phases(config.phases, config, strategy)
-    check_phases(config.phases, config, "offload")
+        check_experts(config.phases, config, strategy)
+    check_experts(config.phases, config, "offload")
 
 
 def test_dmd_trains_on_no_expert_in_float8():
     config = config_of("--objective", "dmd", "--teacher_storage_dtype", "float8_e4m3fn")
     with pytest.raises(UserError, match="--objective dmd: .*--teacher_storage_dtype float8_e4m3fn"):
-        check_phases(config.phases, config, "replicate")
+        check_experts(config.phases, config, "replicate")
 
 
 def test_what_cannot_be_spread_is_refused():
