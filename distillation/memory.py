@@ -32,7 +32,7 @@ class Layout:
     """How a run is laid out: all that memory and speed depend on besides shapes and objectives.
 
     teacher: "replicate", "shard", "offload" (the expert in use on the GPU), "group_offload" (block by block) or "cpu".
-    student_sharding: "ddp", "fsdp" (over all GPUs) or "hybrid" (over a node's). Objectives' networks follow it.
+    student_sharding: "ddp", "fsdp" (over all GPUs) or "hybrid" (over a node's).
     lora_rank: of a student that is adapters on the teacher's expert; 0 for one of its own.
     sample_batch: pictures that a rank decodes at a time, 0 where none are drawn.
     """
@@ -276,12 +276,20 @@ def student_row(shapes: Shapes, layout: Layout) -> Row:
 
 
 def own_row(own: Own, layout: Layout) -> Row:
-    moments = MOMENTS_IN_8_BITS if layout.use_8bit_adam else MOMENTS
+    moments, spread = MOMENTS_IN_8_BITS if layout.use_8bit_adam else MOMENTS, own_layout(own, layout)
     return Row(
-        weights=4 * (own.trained + own.frozen) / layout.shards,
-        gradients=4 * own.trained if layout.gradients_stay and layout.shards == 1 else 0,
-        optimizer=moments * own.trained / layout.shards,
+        weights=4 * own.trained / spread.shards + 4 * own.frozen / layout.shards,
+        gradients=4 * own.trained if spread.gradients_stay and spread.shards == 1 else 0,
+        optimizer=moments * own.trained / spread.shards,
     )
+
+
+def own_layout(own: Own, layout: Layout) -> Layout:
+    """How an objective's trained networks are spread: adapters are whole everywhere, copies of sharded experts are
+    sharded as those, and all else as the student is."""
+    if own.adapters:
+        return replace(layout, student_sharding="ddp")
+    return replace(layout, student_sharding="fsdp") if layout.teacher == "shard" else layout
 
 
 def moments_of(shapes: Shapes, layout: Layout, task: Task, own: Own, teacher: Row) -> dict[str, Stage]:
@@ -312,11 +320,12 @@ def moments_of(shapes: Shapes, layout: Layout, task: Task, own: Own, teacher: Ro
         kept = batch * expert.saved_bytes(tokens, text, layout.itemsize, layout.fakes_checkpointed, own.adapters)
         block = batch * expert.backward_bytes(tokens, text, layout.itemsize, own.adapters)
         one = own.trained / len(shapes.experts)  # an update is of one expert's
-        copies = autocast_copies(expert, one, layout, frozen_base=own.adapters)
+        spread = own_layout(own, layout)
+        copies = autocast_copies(expert, one, spread, frozen_base=own.adapters)
         if own.adapters:
             copies += teacher.temporary
         name = f"{task.objective}'s networks"
-        moments |= backward(name, expert, one, kept, block, copies, layout, layout.fakes_checkpointed)
+        moments |= backward(name, expert, one, kept, block, copies, spread, layout.fakes_checkpointed)
     return moments
 
 
