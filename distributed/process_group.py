@@ -89,7 +89,7 @@ def init_process_group(timeout_seconds: float) -> Ranks:
         _turn_on_flight_recorder()
         # With `device_id` NCCL connects now, where a failure is easy to read, and barriers know their device.
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=ranks.device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", **_meet(timeout), device_id=ranks.device)
         except RuntimeError as error:
             if "Duplicate GPU" not in str(error):
                 raise
@@ -99,7 +99,7 @@ def init_process_group(timeout_seconds: float) -> Ranks:
                 "accepted is a GPU for each: leave it to torchrun --nproc_per_node, and let all ranks see all GPUs"
             ) from error
     else:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", **_meet(timeout))
     # All ranks: nobody starts to load gigabytes before every rank is known to be there.
     dist.barrier()
     _begin_store()
@@ -129,6 +129,18 @@ def _device(local_rank: int, world_size: int) -> torch.device:
             f"pass --nproc_per_node={found} to torchrun (or set CUDA_VISIBLE_DEVICES= to run on CPUs)"
         )
     return torch.device("cuda", local_rank)
+
+
+def _meet(timeout: timedelta) -> dict[str, Any]:
+    """Where the ranks find each other, as `dist.init_process_group` takes it.
+
+    torchrun keeps one store through --max-restarts, where ranks would find the addresses of those of the start before.
+    On one node its restarts are numbered; on several each node counts its own.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
 
 
 def _check_torchrun_is_there() -> None:

@@ -12,6 +12,8 @@ from distributed import process_group
 from distributed.process_group import LAUNCH_VARIABLES, Ranks, check_launch, init_process_group
 from tests.ranks import TIME_LIMIT, run_ranks
 
+STORE = torch.distributed.HashStore()
+
 
 @pytest.fixture(autouse=True)
 def plain_python(monkeypatch):
@@ -43,12 +45,13 @@ def two_gpus(monkeypatch):
         lambda backend, **kwargs: calls.append((backend, kwargs, os.environ.get("TORCH_FR_BUFFER_SIZE"))),
     )
     monkeypatch.setattr(group, "barrier", lambda: calls.append("barrier"))
+    monkeypatch.setattr(group, "rendezvous", lambda url, timeout: iter([(STORE, 3, 4)]))
     return calls
 
 
 def test_plain_python_is_one_rank_without_a_group():
     ranks = init_process_group(5)
-    assert ranks == Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
+    assert ranks == Ranks(0, 1, 0, 1, torch.device("cpu"), False, 5)
     assert ranks.is_main and not torch.distributed.is_initialized()
     process_group.barrier()
     assert process_group.gather_objects("x") == ["x"]
@@ -61,7 +64,7 @@ def test_mps_is_used_by_a_single_process_only(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert init_process_group(5).device == torch.device("mps")
     launch(monkeypatch, 0, 2)
-    assert process_group._ranks_from_environment().device == torch.device("cpu")
+    assert process_group._ranks_from_environment(5).device == torch.device("cpu")
 
 
 def test_cuda_order_and_backends(monkeypatch, two_gpus):
@@ -70,11 +73,34 @@ def test_cuda_order_and_backends(monkeypatch, two_gpus):
     device = torch.device("cuda", 1)
     assert two_gpus == [
         ("set_device", device),
-        ("cpu:gloo,cuda:nccl", {"timeout": timedelta(hours=1), "device_id": device}, "2000"),
+        (
+            "cpu:gloo,cuda:nccl",
+            {"store": STORE, "rank": 3, "world_size": 4, "timeout": timedelta(hours=1), "device_id": device},
+            "2000",
+        ),
         "barrier",
     ]
     assert ranks == Ranks(3, 4, 1, 4, device, launched_by_torchrun=True) and not ranks.is_main
     assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+
+
+def test_a_restart_does_not_read_what_the_start_before_has_written(monkeypatch):
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    launch(monkeypatch, 0, 1)
+    for name, value in {
+        "MASTER_PORT": server.port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "GROUP_WORLD_SIZE": 1,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    stores = []
+    for start in ("0", "1", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
+        stores.append(process_group._meet(timedelta(seconds=5))["store"])
+    stores[0].set("address of rank 0", "an old one")
+    assert [store.check(["address of rank 0"]) for store in stores] == [True, False, False]
+    stores[1].set("address of rank 0", "the new one")
+    assert stores[2].get("address of rank 0") == b"the new one"
 
 
 def test_flight_recorder_leaves_a_users_setting_alone(monkeypatch, two_gpus):
@@ -168,8 +194,8 @@ def talk(ranks):
 
 def test_two_ranks_hear_each_other():
     (first, heard_first), (second, heard_second) = run_ranks(talk, 2)
-    assert first == Ranks(0, 2, 0, 2, torch.device("cpu"), launched_by_torchrun=True)
-    assert second == Ranks(1, 2, 1, 2, torch.device("cpu"), launched_by_torchrun=True)
+    assert first == Ranks(0, 2, 0, 2, torch.device("cpu"), True, TIME_LIMIT)
+    assert second == Ranks(1, 2, 1, 2, torch.device("cpu"), True, TIME_LIMIT)
     # Each hears in its own words what was raised: the rank that failed its own error, the other one whose it was.
     assert heard_first.pop("raised") == "PeerFailed: rank 1: OSError: disk full"
     assert heard_second.pop("raised") == "OSError: disk full"
