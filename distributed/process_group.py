@@ -243,6 +243,12 @@ def on_main(ranks: Ranks, work: Callable[[], Any]) -> None:
     together(lambda: work() if ranks.is_main else None)
 
 
+def say(ranks: Ranks, text: str) -> None:
+    """On rank 0's screen."""
+    if ranks.is_main:
+        print(text, flush=True)
+
+
 _counts_alone: Counter[str] = Counter()
 _store: dist.Store | None = None
 

@@ -18,9 +18,9 @@ from config.config import load_config
 from config.errors import UserError
 from distillation.objective import settings_of
 from distillation.plan import check_8bit_adam, check_memory, describe, make_plan
+from distillation.run_folder import begin_run
 from distributed.process_group import Ranks
 from tests.test_review import row_of
-from train_distillation import begin_run
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
 ROOT = Path(__file__).parent.parent
