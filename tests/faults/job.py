@@ -54,6 +54,8 @@ class Job:
             stdout=self._said,
             stderr=self._said,
             env=os.environ | env,
+            # A shell has its background jobs ignore Ctrl-C, and their children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def wait_for(self, ready) -> None:
