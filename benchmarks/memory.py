@@ -5,7 +5,6 @@
 Shapes alone: nothing is downloaded or loaded.
 """
 
-import argparse
 import sys
 import tempfile
 from dataclasses import replace
@@ -16,6 +15,7 @@ if not __package__:  # run as a file: this folder, where this file would hide ot
 
 import torch
 
+from benchmarks.arguments import print_or_write
 from benchmarks.shapes import COMMON, write_shapes
 from benchmarks.shapes import TEACHERS as SHAPES
 from distillation.cost import UTILISATION
@@ -131,12 +131,7 @@ def page() -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--write", action="store_true", help=f"into docs/{PAGE.name}")
-    if parser.parse_args(argv).write:
-        PAGE.write_text(page(), encoding="utf-8")
-    else:
-        print(page(), end="")
+    print_or_write(page, PAGE, __doc__, argv)
 
 
 if __name__ == "__main__":

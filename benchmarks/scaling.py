@@ -3,7 +3,6 @@
 python benchmarks/scaling.py --write        # without --write it is printed
 """
 
-import argparse
 import sys
 import tempfile
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 if not __package__:  # run as a file: this folder, where this file would hide other packages, is not searched
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from benchmarks.arguments import print_or_write
 from benchmarks.memory import at_half_depth, baseline, shapes_of_teacher, task_of
 from benchmarks.shapes import COMMON, TEACHERS
 from distillation.cost import H100_TFLOPS, NETWORK, NODE_LINK, UTILISATION, cost_of
@@ -19,6 +19,7 @@ from distillation.memory import Layout, Shapes, Task, memory_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
 NODES = (1, 8, 64)  # of 8 GPUs
+PUBLISHED_PROMPTS = 64  # a step: Phased DMD, 2510.27684
 LAYOUTS = {
     "teacher whole, student DDP": {"teacher": "replicate"},
     "teacher sharded, student FSDP": {"teacher": "shard", "student_sharding": "fsdp"},
@@ -35,15 +36,21 @@ latencies are left out.
 | GPUs | layout | objective | TFLOP a GPU | computing, s | GB received a GPU | links, s | limit | GB held |
 |---|---|---|---|---|---|---|---|---|
 """
-OUTRO = """
-- A guided forward of a sharded teacher gathers an expert once, 28.6 GB, for all prompts of a batch and both branches.
-  Where links bind, a larger `--train_batch_size` is the cure; a replicated teacher moves nothing.
+
+
+def outro(shapes: Shapes) -> str:
+    whole, prompts = replace(baseline(8, 1), **LAYOUTS["teacher whole, student DDP"]), 8 * NODES[-1]
+    expert = shapes.experts[0].bytes(whole.teacher_dtype) / 1e9
+    held = memory_of(replace(shapes, tasks=(task_of("velocity", 1),)), whole).peak / 1e9
+    return f"""
+- A guided forward of a sharded teacher gathers an expert once, {expert:.1f} GB, for all prompts of a batch and both
+  branches. Where links bind, a larger `--train_batch_size` is the cure; a replicated teacher moves nothing.
 - Under DDP gradients move once an update, whatever the batch and `--gradient_accumulation_steps`; under FSDP weights
   are gathered and gradients spread for every micro-batch.
-- 225 GB fit no GPU of today: with the teacher whole and DDP, the student must be smaller or a LoRA. The rows stand for
-  what they move.
-- Prompts a step grow with the GPUs: 512 at one prompt each are 8 times the published 64. Beyond that, more GPUs make
-  larger batches, not fewer steps.
+- {held:.0f} GB fit no GPU of today: with the teacher whole and DDP, the student must be smaller or a LoRA. The rows
+  stand for what they move.
+- Prompts a step grow with the GPUs: {prompts} at one prompt each are {prompts / PUBLISHED_PROMPTS:g} times the
+  published {PUBLISHED_PROMPTS}. Beyond that, more GPUs make larger batches, not fewer steps.
 """
 
 
@@ -70,16 +77,11 @@ def page() -> str:
             for objective in ("velocity", "trajectory", "dmd"):
                 task = task_of(objective, 1)
                 rows.append(row(replace(shapes, tasks=(task,)), name, nodes, task, layout))
-    return INTRO + "\n".join(rows) + "\n" + OUTRO
+    return INTRO + "\n".join(rows) + "\n" + outro(shapes)
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--write", action="store_true", help=f"into docs/{PAGE.name}")
-    if parser.parse_args(argv).write:
-        PAGE.write_text(page(), encoding="utf-8")
-    else:
-        print(page(), end="")
+    print_or_write(page, PAGE, __doc__, argv)
 
 
 if __name__ == "__main__":

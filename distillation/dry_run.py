@@ -30,7 +30,7 @@ def dry_run(config: Config) -> int:
         f"dry run: nothing is loaded\n{describe(plan, config, ranks)}\n  on disk  {on_disk(plan.info, plan.shapes)}\n"
     )
     print(memory_table(plan.memory, ranks.world_size))
-    print(f"stages: {', '.join(f'{name} {total(s) / 1e9:.1f}' for name, s in plan.memory.stages.items())}\n")
+    print(f"GB at each stage\n{stage_lines(plan.memory)}\n")
     print(cost_table(plan, tflops, ranks.world_size))
     if gpu_bytes is None:
         print("no GPU is here to compare with: --gpu_memory GB gives a verdict")
@@ -100,7 +100,7 @@ def stage_lines(memory: Memory) -> str:
     for name, stage in memory.stages.items():
         phase, _, moment = name.rpartition(": ")
         lines.setdefault(phase, []).append(f"{moment} {total(stage) / 1e9:.1f}")
-    return "\n".join(f"  {phase or 'stages'}: {' | '.join(moments)}" for phase, moments in lines.items())
+    return "\n".join(f"  {phase or 'run'}: {' | '.join(moments)}" for phase, moments in lines.items())
 
 
 def cost_table(plan: Plan, tflops: float, num_gpus: int) -> str:

@@ -15,6 +15,7 @@ from config.config import Config, Phase
 from config.errors import UserError
 from data.prompt_embeddings import PROMPTS_A_CALL
 from distillation.objective import Own, Work, own_parameters, work
+from distillation.trained import PRECISION
 from models.sizes import TextSize, WanSize, folded_length, text_size, vae_bytes, wan_size
 from models.student import StudentSpec
 from models.teacher import TeacherInfo
@@ -81,7 +82,6 @@ def layout_of(config: Config, num_gpus: int, num_nodes: int, dtype: torch.dtype,
         drawn: sample prompts of a round.
     """
     settings = config.optimization
-    precision = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
     return Layout(
         num_gpus=num_gpus,
         num_nodes=num_nodes,
@@ -92,7 +92,7 @@ def layout_of(config: Config, num_gpus: int, num_nodes: int, dtype: torch.dtype,
         lora_rank=config.student.lora_rank,
         use_8bit_adam=settings.use_8bit_adam,
         use_ema=settings.use_ema,
-        mixed_precision=precision,
+        mixed_precision=PRECISION[settings.mixed_precision],
         gradient_checkpointing=settings.gradient_checkpointing,
         fakes_checkpointed=settings.gradient_checkpointing,
         train_batch_size=settings.train_batch_size,

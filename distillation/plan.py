@@ -246,8 +246,8 @@ def place_teacher(config: Config, shapes: Shapes, layout: Layout, ranks: Ranks) 
 
 
 def gpu_memory(config: Config, device: torch.device) -> float | None:
-    """Bytes: as --gpu_memory says, else what is there; None where the device is no GPU, or one that is not here."""
-    if config.run.gpu_memory:
+    """Bytes: in a dry run as --gpu_memory says, else what is there; None without a GPU."""
+    if config.run.dry_run and config.run.gpu_memory:
         return config.run.gpu_memory * 1e9
     return torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else None
 

@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
+from models.teacher import Teacher, inspect_teacher, load_teacher
 from models.tiny_wan import build_tokenizer
 
 TEXT_DIM = 16
@@ -68,3 +69,11 @@ def random_single_pipeline_dir(tmp_path_factory) -> Path:
 def random_ti2v_pipeline_dir(tmp_path_factory) -> Path:
     """`expand_timesteps` and a 48-channel patchified VAE, 32 pixels a patch, as Wan2.2-TI2V-5B. Read only."""
     return save_random_pipeline(tmp_path_factory.mktemp("teachers") / "ti2v", experts=1, ti2v=True)
+
+
+@pytest.fixture
+def teacher(random_pipeline_dir) -> Teacher:
+    """The two experts of `random_pipeline_dir`, guided, a test's own."""
+    torch.manual_seed(0)
+    info = inspect_teacher(str(random_pipeline_dir))
+    return load_teacher(info, torch.device("cpu"), torch.float32, torch.randn(3, TEXT_DIM), 5.0, 2.0)

@@ -26,13 +26,6 @@ TINY = Path(__file__).parents[1] / "models" / "tiny_wan"
 
 
 @pytest.fixture
-def teacher(random_pipeline_dir):
-    torch.manual_seed(0)
-    info = inspect_teacher(str(random_pipeline_dir))
-    return load_teacher(info, torch.device("cpu"), torch.float32, torch.randn(3, 16), 5.0, 2.0)
-
-
-@pytest.fixture
 def asked():
     torch.manual_seed(0)
     text = fold_text(torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool))

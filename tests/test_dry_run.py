@@ -6,18 +6,21 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import memory as memory_page
+from benchmarks import scaling as scaling_page
 from benchmarks.shapes import ON_THE_HUB, write_shapes
 from config.config import load_config
 from config.errors import UserError
 from config.settings import read_recipe
 from distillation.dry_run import dry_run, stored
 from distillation.objective import settings_of
+from distillation.plan import gpu_memory
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "config").glob("*.toml"))
@@ -128,6 +131,17 @@ def test_a_teacher_without_its_text_encoder_is_refused(shapes, tmp_path):
         plan("--teacher_path", str(home))
 
 
-def test_the_page_is_what_its_command_prints(capsys):
-    memory_page.main([])
-    assert capsys.readouterr().out == memory_page.PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", [memory_page, scaling_page], ids=lambda page: page.PAGE.name)
+def test_the_page_is_what_its_command_prints(page, capsys):
+    page.main([])
+    assert capsys.readouterr().out == page.PAGE.read_text(encoding="utf-8")
+
+
+def test_gpu_memory_is_of_no_effect_on_a_real_run():
+    """It stands in recipes, which also run on other cards."""
+    given = ["--teacher_path", "teacher", "--gpu_memory", "80"]
+    here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    config = load_config([*given, "--dry_run"], settings_of)
+    assert gpu_memory(config, torch.device("cuda", 0)) == 80e9
+    config = replace(config, run=replace(config.run, dry_run=False))
+    assert gpu_memory(config, torch.device("cuda", 0)) == here

@@ -13,7 +13,7 @@ from distributed.placement import choose_placement, keep_one_resident, place
 from distributed.process_group import Ranks
 from models.folding import fold_text
 from models.scores import fake_scores
-from models.teacher import Teacher, inspect_teacher, load_teacher
+from models.teacher import Teacher
 
 CPU, GB = torch.device("cpu"), 10**9
 
@@ -50,12 +50,6 @@ def test_one_expert_that_does_not_fit_goes_block_by_block():
         choose_placement("auto", ranks_of(1, torch.device("cuda")), 24 * GB, [20 * GB], 10 * GB).strategy
         == "group_offload"
     )
-
-
-@pytest.fixture
-def teacher(random_pipeline_dir) -> Teacher:
-    info = inspect_teacher(str(random_pipeline_dir))
-    return load_teacher(info, CPU, torch.float32, torch.randn(3, 16), 5.0, 2.0)
 
 
 @pytest.fixture
