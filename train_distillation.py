@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import diffusers
 import torch
@@ -28,10 +28,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config.config import Config, Phase, load_config
 from config.errors import UserError
+from data.batches import Batches
 from data.prompt_embeddings import Batch, PromptEmbeddings, encode_prompts, encoder_key
 from data.sampler import PromptSampler
 from distillation.dry_run import dry_run
 from distillation.ema import EMA
+from distillation.nonfinite import NonFinite, Outcome
 from distillation.objective import Noise, Objective, Setup, build_objective, settings_of
 from distillation.plan import Plan, describe, make_plan, read_sample_prompts
 from distillation.progress import Progress
@@ -48,7 +50,6 @@ from distributed.process_group import (
     check_alike,
     check_launch,
     destroy,
-    gather_objects,
     init_process_group,
     mean_over_ranks,
     on_main,
@@ -80,7 +81,6 @@ from sampling.scoring import build_scorers, check_scorers, is_hanging, means
 
 LOOKING = -1  # in place of an update's number, in the noise with which an objective only looks at the student
 MISTAKE_SECONDS = 5.0  # in which rank 0 says a mistake that others made too
-PROMPTS_NAMED = 4  # of a step that was skipped
 PLAIN_DDIM_STEPS = 10  # where a pipeline does not say how it draws
 
 
@@ -192,6 +192,15 @@ def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) ->
         draw(sampler, teacher_round(config, plan), teacher, sample_text, trackers, teacher.in_step)  # all ranks
 
     settings = config.optimization
+    prompts = PromptSampler(len(plan.prompts), settings.train_batch_size, ranks.rank, ranks.world_size, config.run.seed)
+    progress = Progress(
+        Path(config.run.output_dir) / "metrics.jsonl",
+        plan.total_steps,
+        config.run.logging_steps,
+        settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size,
+        ranks,
+        trackers,
+    )
     run = Run(
         config=config,
         plan=plan,
@@ -199,26 +208,17 @@ def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) ->
         setup=Setup(teacher, as_field(wrapped, student_dtype), plan.grid, plan.shift, student, as_field, student_dtype),
         wrapped=wrapped,
         ema=EMA(student, settings.ema_decay) if settings.use_ema else None,
-        text=text,
-        prompts=PromptSampler(
-            len(plan.prompts), settings.train_batch_size, ranks.rank, ranks.world_size, config.run.seed
-        ),
+        batches=Batches(text, prompts, ranks.device, ahead=settings.gradient_accumulation_steps),
         sampler=sampler,
         sample_text=sample_text,
         trackers=trackers,
-        progress=Progress(
-            Path(config.run.output_dir) / "metrics.jsonl",
-            plan.total_steps,
-            config.run.logging_steps,
-            settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size,
-            ranks,
-            trackers,
-        ),
+        progress=progress,
+        nonfinite=NonFinite(plan.prompts, settings.max_nonfinite_steps, progress),
         checkpoints=Checkpoints(Path(config.run.output_dir) / "checkpoints", config.run.checkpoints_total_limit, ranks),
         stop=stop,
     )
     if resumed:
-        resumed.restore_run(student, run.ema, run.prompts, run.progress)
+        resumed.restore_run(student, run.ema, prompts, progress)
         run.step, run.done = resumed.position.step, resumed.position.done
     for number, phase in enumerate(plan.phases, 1):
         if resumed and number < resumed.position.phase:
@@ -247,12 +247,12 @@ class Run:
     setup: Setup
     wrapped: torch.nn.Module  # the student, as training calls it
     ema: EMA | None
-    text: PromptEmbeddings
-    prompts: PromptSampler
+    batches: Batches
     sampler: ParallelSampler | None
     sample_text: list[torch.Tensor]
     trackers: Trackers
     progress: Progress
+    nonfinite: NonFinite
     checkpoints: Checkpoints
     stop: StopSignal
     step: int = 0  # optimizer steps done
@@ -288,8 +288,9 @@ def train_phase(run: Run, number: int, phase: Phase, resumed: Resumed | None) ->
 
     def save() -> None:
         """All ranks."""
+        run.nonfinite.look()
         position = Position(run.step, number, began, ended_itself, run.done)
-        prompts = run.prompts.state_dict()
+        prompts = run.batches.prompts.state_dict()
         state = state_of(position, run.config, plan, run.setup.network, run.ema, prompts, objective, trained)
         run.checkpoints.save(run.step, state, run.progress.state_dict())
 
@@ -305,10 +306,9 @@ def train_phase(run: Run, number: int, phase: Phase, resumed: Resumed | None) ->
     if resumed:
         resumed.restore_phase(objective, trained)
         sample()  # the checkpoint is older than the round of its step, which may be missing
-    skipped_in_a_row = 0
     while run.step < ends:
-        batches = [run.text.batch(next(run.prompts)) for _ in range(settings.gradient_accumulation_steps)]
-        figures, skipped = optimization_step(
+        batches = list(islice(run.batches, settings.gradient_accumulation_steps))
+        figures, outcome = optimization_step(
             objective, trained, batches, run.config.run.seed, run.step, plan.latent_shape, ranks
         )
         objective.after_step(run.step)
@@ -316,7 +316,7 @@ def train_phase(run: Run, number: int, phase: Phase, resumed: Resumed | None) ->
             run.ema.update()
         run.step += 1
         run.checkpoints.check()
-        skipped_in_a_row = note_skipped(run, skipped, skipped_in_a_row)
+        run.nonfinite.add(run.step, outcome)
         # All ranks look, and see the same.
         noise = Noise(run.config.run.seed, ranks.rank, run.step, LOOKING, 0, plan.latent_shape, ranks.device)
         remark = objective.look(run.step, batches[0], noise, mean_over_ranks)
@@ -326,6 +326,8 @@ def train_phase(run: Run, number: int, phase: Phase, resumed: Resumed | None) ->
             run.progress.skip(ends - run.step)
             ends, ended_itself = run.step, True
         # All ranks: a logged row is the mean over them.
+        if run.progress.is_due(run.step, run.step == ends):
+            run.nonfinite.look()
         epoch = plan.epoch_of(run.step)
         run.progress.advance(run.step, epoch, number, phase.objective, figures, trained, run.step == ends)
         # All ranks: they find out together whether one of them was asked to stop.
@@ -343,13 +345,6 @@ def train_phase(run: Run, number: int, phase: Phase, resumed: Resumed | None) ->
     run.done.append(f"{phase.objective} ({run.step - began} steps)")
 
 
-class Skipped(NamedTuple):
-    """An update that was left out: its network, and the numbers of this rank's prompts whose loss was not finite."""
-
-    network: str
-    prompts: list[int]
-
-
 def optimization_step(
     objective: Objective,
     trained: dict[str, Trained],
@@ -358,10 +353,13 @@ def optimization_step(
     step: int,
     latent_shape: tuple[int, ...],
     ranks: Ranks,
-) -> tuple[dict[str, torch.Tensor], list[Skipped]]:
-    """One step's updates, over all its micro-batches. Returns its figures, on the device, without those of updates that
-    were skipped, which are the same on all ranks."""
-    schedule, sums, counts, skipped = objective.schedule(step), {}, Counter(), []
+) -> tuple[dict[str, torch.Tensor], Outcome]:
+    """One step's updates, over all its micro-batches.
+
+    Returns its figures, on the device: means over a network's updates without those that were skipped, NaN where all
+    were; and what became of the updates. Both are the same on all ranks.
+    """
+    schedule, sums, counts, outcome = objective.schedule(step), {}, Counter(), Outcome()
     for update, name in enumerate(schedule):
         network, losses, figures = trained[name], [], {}
         for micro_step, batch in enumerate(batches):
@@ -370,45 +368,20 @@ def optimization_step(
             with gradients(network.wrapped, travel=micro_step == len(batches) - 1):
                 loss, extra = objective.loss(name, batch, noise)
                 network.scaler.scale(loss / len(batches)).backward()
-            losses.append(loss.detach())
+            losses.append((batch.prompt_indices, loss.detach()))
             for key, value in {"loss": loss.detach(), **extra}.items():
                 figures[key] = figures.get(key, 0.0) + value / len(batches)
         figures["grad_norm"], updated = network.step()
-        if not updated:
-            bad = [i for b, loss in zip(batches, losses, strict=True) if not loss.isfinite() for i in b.prompt_indices]
-            skipped.append(Skipped(name, bad))
-            continue
-        prefix = "" if name == "student" else f"{name}_"
-        counts[name] += 1
-        for key, value in figures.items():  # the mean over a network's updates
-            mean = sums.get(prefix + key, value)
-            sums[prefix + key] = mean + (value - mean) / counts[name]
+        outcome.add(name, updated, losses)
+        counts[name] += updated
+        for key, value in figures.items():
+            kept = torch.where(updated, value, 0.0)
+            sums[name, key] = sums[name, key] + kept if (name, key) in sums else kept
     for name, network in trained.items():
         if name != "student" or name in schedule:  # the others keep pace with the phase, trained in this step or not
             network.lr_scheduler.step()
-    return sums, skipped
-
-
-def note_skipped(run: Run, skipped: list[Skipped], in_a_row: int) -> int:
-    """Say and count a step that was skipped, all ranks together. Returns how many there are in a row.
-
-    Raises RuntimeError, on all ranks, when there are too many.
-    """
-    if not skipped:
-        return 0
-    run.progress.nonfinite_steps += 1
-    bad = sorted({i for other in gather_objects([i for s in skipped for i in s.prompts]) for i in other})
-    prompts = "; ".join(repr(run.plan.prompts[i]) for i in bad[:PROMPTS_NAMED]) or "their losses are finite"
-    names = ", ".join(dict.fromkeys(s.network for s in skipped))
-    words = f"step {run.step}: the gradient of {names} is not finite; update skipped. Its prompts: {prompts}"
-    run.progress.say(f"{words}{f' and {len(bad) - PROMPTS_NAMED} more' if len(bad) > PROMPTS_NAMED else ''}")
-    limit = run.config.optimization.max_nonfinite_steps
-    if in_a_row + 1 >= limit:
-        raise RuntimeError(
-            f"{limit} steps in a row up to step {run.step} had gradients that are not finite (--max_nonfinite_steps): "
-            "the learning rate may be too high, or a weight is not finite; the last checkpoint is from before that"
-        )
-    return in_a_row + 1
+    prefixes = {name: "" if name == "student" else f"{name}_" for name in schedule}
+    return {prefixes[name] + key: total / counts[name] for (name, key), total in sums.items()}, outcome
 
 
 # ------------------------------------------------------------------------------------------------------- parts

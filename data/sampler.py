@@ -26,9 +26,13 @@ class PromptSampler(Iterator[list[int]]):
         self._cached: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __next__(self) -> list[int]:
-        indices = self._stream(self.consumed + self.rank * self.batch_size, self.batch_size)
+        indices = self.peek()
         self.consumed += self.batch_size * self.world_size
         return indices
+
+    def peek(self, further: int = 0) -> list[int]:
+        """What the next call will draw, or the one `further` calls behind it."""
+        return self._stream(self.consumed + (further * self.world_size + self.rank) * self.batch_size, self.batch_size)
 
     def _stream(self, start: int, count: int) -> list[int]:
         indices: list[int] = []

@@ -14,7 +14,7 @@ import distillation.objectives
 from config.errors import UserError, nearest
 from data.prompt_embeddings import Batch
 from distributed.sharding import copy_network
-from models.flow import TimeGrid, VelocityField
+from models.flow import TimeGrid, VelocityField, to_device
 from models.folding import fold_text
 from models.sizes import WanSize
 from models.teacher import Teacher
@@ -68,6 +68,7 @@ class Noise:
         self.step, self.update, self.micro_step = step, update, micro_step
         self.latent_shape, self.device = latent_shape, device
         self._generator = torch.Generator(device).manual_seed(mix_seeds(seed, rank, step, update, micro_step))
+        self._on_host = torch.Generator().manual_seed(mix_seeds(seed, rank, step, update, micro_step, 1))
         self._alike = torch.Generator().manual_seed(mix_seeds(seed, step, update, micro_step))
 
     def latents(self, batch_size: int) -> Tensor:
@@ -83,8 +84,17 @@ class Noise:
 
     def uniform(self, n: int) -> Tensor:
         """(n,) evenly spread over [0, 1): one in each nth of it, in random order, which is less noisy than n draws."""
-        parts = torch.rand(n, generator=self._generator, device=self.device) + torch.arange(n, device=self.device)
-        return (parts / n).clamp(max=1 - 2**-24)[self.permutation(n)]  # rounding would make 1 of the largest
+        return _evenly_spread(n, self._generator)
+
+    def spread_over(self, count: int, n: int) -> Tensor:
+        """(n,) of 0 … count − 1, evenly spread as `uniform` is, on the host: they decide what is to be done."""
+        return (_evenly_spread(n, self._on_host) * count).long().clamp(max=count - 1)
+
+
+def _evenly_spread(n: int, generator: torch.Generator) -> Tensor:
+    about = {"generator": generator, "device": generator.device}
+    parts = (torch.rand(n, **about) + torch.arange(n, device=generator.device)) / n
+    return parts.clamp(max=1 - 2**-24)[torch.randperm(n, **about)]  # rounding would make 1 of the largest
 
 
 def mix_seeds(*parts: int) -> int:
@@ -291,4 +301,4 @@ def _file_of(name: str) -> ModuleType:
 
 def read_text(batch: Batch, like: Tensor) -> Tensor:
     """A batch's text as networks read it, (B, L + 4, D + 1), on the device of `like`."""
-    return fold_text(batch.prompt_embeds.to(like.device).float(), batch.prompt_mask.to(like.device))
+    return fold_text(to_device(batch.prompt_embeds, like.device).float(), to_device(batch.prompt_mask, like.device))

@@ -45,13 +45,18 @@ class Progress:
         ends_phase: bool,
     ) -> None:
         """Count a step and, where a row is due, write it: every so many steps, and at the end of a phase, so that no
-        row mixes two. All ranks call it: a row is the mean over them."""
+        row mixes two. All ranks call it: a row is the mean over them.
+
+        Args:
+            figures: scalars on the device; NaN where there is nothing to tell.
+        """
         self._steps += 1
-        for key, value in figures.items():
-            self._sums[key] = self._sums.get(key, 0.0) + value
-            self._counts[key] = self._counts.get(key, 0) + 1  # not every step updates every network
+        for key, value in figures.items():  # not every step updates every network
+            known = ~torch.isnan(value)
+            self._sums[key] = self._sums.get(key, 0.0) + torch.where(known, value, 0.0)
+            self._counts[key] = self._counts.get(key, 0) + known
         self.bar.update()
-        if step % self.every and not ends_phase:
+        if not self.is_due(step, ends_phase):
             return
         keys = sorted(self._sums)
         sums = torch.stack(
@@ -74,6 +79,10 @@ class Progress:
             self._write(row)
             self.trackers.log(step, row)
 
+    def is_due(self, step: int, ends_phase: bool) -> bool:
+        """Whether a row is written after this step: the host then waits for the GPU."""
+        return step % self.every == 0 or ends_phase
+
     def say(self, words: str) -> None:
         """A line above the bar."""
         if self.ranks.is_main:
@@ -89,7 +98,7 @@ class Progress:
         """This rank's own figures since the last row, and what all ranks have alike."""
         sums = {key: float(value) for key, value in self._sums.items()}
         shared = {"skipped": self.skipped, "nonfinite_steps": self.nonfinite_steps}
-        return shared | {"steps": self._steps, "sums": sums, "counts": dict(self._counts)}
+        return shared | {"steps": self._steps, "sums": sums, "counts": {key: int(n) for key, n in self._counts.items()}}
 
     def load_state_dict(self, state: dict, step: int) -> None:
         """Go on after `step`."""

@@ -31,8 +31,9 @@ def make_optimizer(
         from bitsandbytes.optim import AdamW8bit  # optional; `make_plan` has seen that it is there
 
         return AdamW8bit(parameters, **about)
-    # The default on a GPU, foreach, takes another copy of all weights while it steps.
-    return torch.optim.AdamW(parameters, **about, fused=device.type == "cuda" or None)
+    # The default on a GPU, foreach, takes another copy of all weights while it steps; and only the fused one can leave
+    # a step out without asking the host.
+    return torch.optim.AdamW(parameters, **about, fused=device.type in ("cpu", "cuda"))
 
 
 class Trained:
@@ -72,18 +73,22 @@ class Trained:
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def step(self) -> tuple[torch.Tensor, bool]:
+    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip, update, clear the gradients. A gradient that is not finite changes nothing; it is the same on all
         ranks, and so is the decision.
 
-        Returns the gradient's norm before clipping, a scalar on the device, and whether the weights were updated.
+        Returns the gradient's norm before clipping, and whether the weights were updated: scalars on the device, which
+        may not have got there yet.
         """
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = whole(nn.utils.get_total_norm(gradients))
         nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
-        finite = bool(norm.isfinite())  # the one place where training waits for a GPU
-        if finite:
+        finite = norm.isfinite()
+        if self.optimizer.defaults.get("fused") and not self.scaler.is_enabled():
+            self.optimizer.found_inf = (~finite).float()  # what AdamW asks whether to leave a step out
+            self.optimizer.step()
+        elif finite:  # the host waits for the GPU; fp16's scaler must know of slices that other ranks hold
             self.scaler.step(self.optimizer)
         self.scaler.update()  # lowers fp16's scale where it was too high
         self.optimizer.zero_grad(set_to_none=True)

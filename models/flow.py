@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -14,8 +15,22 @@ VelocityField = Callable[[torch.Tensor, float | torch.Tensor, torch.Tensor], tor
 
 def per_sample(t: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
     """A time, or one a sample, shaped to multiply `like`: (B, 1, 1, …), in its dtype and on its device."""
-    t = torch.as_tensor(t, dtype=like.dtype, device=like.device)
-    return t.reshape(-1, *[1] * (like.ndim - 1))
+    if not isinstance(t, torch.Tensor):
+        t = torch.full((1,), t, dtype=like.dtype, device=like.device)  # filled there: copying would wait for the GPU
+    return t.to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+
+@cache
+def on_device(times: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """A grid's times or sigmas as a tensor, (K,) in float32. Made once, and not to be changed."""
+    return to_device(torch.tensor(times), device)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host's, behind what the GPU still has to do. A plain copy would have the host wait for that."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def unshift_time(t: float, shift: float) -> float:
@@ -23,7 +38,7 @@ def unshift_time(t: float, shift: float) -> float:
     return t / (shift - (shift - 1) * t)
 
 
-def shift_time(u: torch.Tensor, shift: float) -> torch.Tensor:
+def shift_time(u: torch.Tensor | float, shift: float) -> torch.Tensor | float:
     """t = s·u / (1 + (s − 1)·u): spends more of a uniform grid at high noise when s > 1 (Esser et al. 2024, eq. 23)."""
     return shift * u / (1 + (shift - 1) * u)
 

@@ -58,7 +58,7 @@ def fold_texts(texts: list[torch.Tensor]) -> torch.Tensor:
 def pad_folded(folded: torch.Tensor, length: int) -> torch.Tensor:
     """Folded text with further columns that weigh nothing, (B, length, D + 1), so that texts can share a batch."""
     padded = F.pad(folded, (0, 0, 0, length - folded.shape[1]))
-    padded[:, folded.shape[1] :, -1] = _ALMOST_NOTHING
+    padded[:, folded.shape[1] :, -1].fill_(_ALMOST_NOTHING)
     return padded
 
 

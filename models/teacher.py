@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from config.errors import UserError
+from models.flow import to_device
 from models.folding import MAX_SEQUENCE_LENGTH, fold_text, fold_text_attention, pad_folded
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -181,7 +182,7 @@ class WanVelocity:
         # Not that of x_t where the teacher is kept on the CPU.
         device = self.device or next(self.transformer.parameters()).device
         if isinstance(t, torch.Tensor):
-            timestep = t.to(device, torch.float32).mul(1000).expand(batch)
+            timestep = to_device(t, device).to(torch.float32).mul(1000).expand(batch)
         else:
             timestep = torch.full((batch,), 1000.0 * t, device=device)
         if self.expand_timesteps:
@@ -253,9 +254,10 @@ class Teacher:
             return velocity(self.experts[self.in_charge(t)], x_t, t, prompt_embeds)
         t, out, upper = t.expand(len(x_t)), torch.empty_like(x_t), torch.inf
         for expert in self.experts:
-            rows = ((t >= expert.t_min) & (t < upper)).nonzero()[:, 0].to(x_t.device)
-            if len(rows):
-                out[rows] = velocity(expert, x_t[rows], t[rows.to(t.device)], prompt_embeds[rows]).to(out.dtype)
+            its_own = ((t >= expert.t_min) & (t < upper)).nonzero()[:, 0]  # where t is on the host, so is the answer
+            if len(its_own):
+                rows = to_device(its_own, x_t.device)
+                out[rows] = velocity(expert, x_t[rows], t[its_own], prompt_embeds[rows]).to(out.dtype)
             elif self.in_step:
                 velocity(expert, x_t[:1], t[:1], prompt_embeds[:1])
             upper = expert.t_min

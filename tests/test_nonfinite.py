@@ -8,11 +8,12 @@ from torch import nn
 
 from config.config import OptimizationConfig, Phase
 from data.prompt_embeddings import Batch
+from distillation.nonfinite import NonFinite, Skipped
 from distillation.objective import Objective
 from distillation.trained import Trained
 from distributed.process_group import Ranks
 from tests.ranks import run_ranks
-from train_distillation import Skipped, note_skipped, optimization_step
+from train_distillation import optimization_step
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
 
@@ -42,11 +43,10 @@ def steps(ranks: Ranks, spoilt: dict[int, int], count: int = 2) -> list[dict]:
         objective = Pull(ranks.rank, spoilt if step == 0 else {})
         objective.use(trained.wrapped)
         before = trained.network.weight.item()
-        figures, skipped = optimization_step(objective, {"student": trained}, batches, 0, step, (1,), ranks)
+        figures, outcome = optimization_step(objective, {"student": trained}, batches, 0, step, (1,), ranks)
+        told, skipped = {key for key, value in figures.items() if not value.isnan()}, outcome.send()()
         change = trained.network.weight.item() - before
-        seen.append(
-            {"figures": set(figures), "skipped": skipped, "change": change, "gradient": trained.network.weight.grad}
-        )
+        seen.append({"figures": told, "skipped": skipped, "change": change, "gradient": trained.network.weight.grad})
     return seen
 
 
@@ -63,18 +63,39 @@ def test_what_happens_on_one_rank_skips_the_step_on_all():
     assert then["change"] == other_then["change"] != 0.0
 
 
+class Said(SimpleNamespace):
+    """An outcome that has arrived already."""
+
+    def send(self):
+        return lambda: self.skipped
+
+
 def test_skipped_steps_are_told_counted_and_at_last_too_many():
     said = []
-    run = SimpleNamespace(
-        step=7,
-        plan=SimpleNamespace(prompts=["a cat", "a dog"]),
-        config=SimpleNamespace(optimization=OptimizationConfig(max_nonfinite_steps=3)),
-        progress=SimpleNamespace(nonfinite_steps=0, say=said.append),
-    )
-    bad = [Skipped("student", [1])]
-    in_a_row = note_skipped(run, bad, note_skipped(run, bad, 0))
-    assert in_a_row == 2 and note_skipped(run, [], in_a_row) == 0
-    assert "step 7" in said[0] and "'a dog'" in said[0] and "'a cat'" not in said[0] and len(said) == 2
-    with pytest.raises(RuntimeError, match="3 steps in a row up to step 7 .*--max_nonfinite_steps"):
-        note_skipped(run, bad, in_a_row)
-    assert run.progress.nonfinite_steps == 3
+    progress = SimpleNamespace(nonfinite_steps=0, say=said.append)
+    nonfinite = NonFinite(["a cat", "a dog"], 3, progress)
+    good, bad = Said(skipped=[]), Said(skipped=[Skipped("student", [1])])
+    for step, outcome in enumerate([bad, bad, good, bad, bad, bad], 7):
+        nonfinite.add(step, outcome)
+        assert progress.nonfinite_steps == [0, 1, 2, 2, 3, 4][step - 7]  # of a step one hears with the next
+    assert "step 7:" in said[0] and "'a dog'" in said[0] and "'a cat'" not in said[0] and len(said) == 4
+    with pytest.raises(RuntimeError, match="3 steps in a row up to step 12 .*--max_nonfinite_steps"):
+        nonfinite.look()
+    assert progress.nonfinite_steps == 5
+
+
+def test_weights_and_moments_stay_where_a_step_is_left_out():
+    """Also AdamW's count of its steps, which corrects the moments' bias."""
+    trained = Trained(nn.Linear(2, 1), OptimizationConfig(), Phase("toy", 5, 0.1, "constant", 0, {}), ALONE)
+    trained.network(torch.ones(1, 2)).sum().backward()
+    trained.step()
+    before = [t.clone() for t in (*trained.parameters, *tensors(trained.optimizer))]
+    (trained.network(torch.ones(1, 2)).sum() * torch.nan).backward()
+    norm, updated = trained.step()
+    assert not updated and norm.isnan()
+    after = [*trained.parameters, *tensors(trained.optimizer)]
+    assert len(before) == 2 + 3 * 2 and all(map(torch.equal, before, after))
+
+
+def tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [t for state in optimizer.state.values() for t in state.values()]

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from config.config import OptimizationConfig, Phase
+from data.prompt_embeddings import Batch
 from distillation.objective import Objective
 from distillation.trained import Trained
 from distributed.process_group import Ranks
@@ -28,7 +29,8 @@ class TwoNetworks(Objective):
         return NAMES
 
     def loss(self, network, batch, noise):
-        return (self.wrapped[network](batch)[:, 0] - batch.sum(1)).square().mean(), {}
+        x = batch.prompt_embeds
+        return (self.wrapped[network](x)[:, 0] - x.sum(1)).square().mean(), {}
 
 
 def step(ranks: Ranks, micro_batches: int) -> dict:
@@ -40,8 +42,9 @@ def step(ranks: Ranks, micro_batches: int) -> dict:
         trained[name] = Trained(nn.Linear(3, 1), OptimizationConfig(), phase, ranks)
     objective = TwoNetworks()
     objective.use({name: network.wrapped for name, network in trained.items()})
-    mine = DATA.chunk(ranks.world_size)[ranks.rank]
-    figures, _ = optimization_step(objective, trained, list(mine.chunk(micro_batches)), 0, 0, (1,), ranks)
+    mine = DATA.chunk(ranks.world_size)[ranks.rank].chunk(micro_batches)
+    batches = [Batch(list(range(len(x))), x, None) for x in mine]
+    figures, _ = optimization_step(objective, trained, batches, 0, 0, (1,), ranks)
     weights = {name: network.network.weight.detach().tolist() for name, network in trained.items()}
     return {name: value.item() for name, value in figures.items()} | weights
 

@@ -15,7 +15,7 @@ from config.settings import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, setting
 from data.prompt_embeddings import Batch
 from distillation import objective
 from distillation.objective import Deck, Noise, Own, Work, check_updates, distance, read_text
-from models.flow import VelocityField, add_noise, refine_grid, velocity_to_x0
+from models.flow import VelocityField, add_noise, on_device, refine_grid, to_device, velocity_to_x0
 from models.sizes import WanSize
 from sampling.ddim import rollout
 
@@ -96,7 +96,7 @@ class Objective(objective.Objective):
         start = noise.latents(len(batch.prompt_indices))
         text, n = read_text(batch, start), len(self.grid)
         states = rollout(self.setup.teacher, start, self.grid, text).states
-        levels = torch.tensor((*self.grid.times, 0.0), device=start.device)
+        levels = on_device((*self.grid.times, 0.0), start.device)
         t, s = (part.repeat_interleave(len(start)) for part in (levels[:-1], levels[1:]))
         return torch.cat(states[:-1]), t, torch.cat(states[1:]), s, text.repeat(n, 1, 1)
 
@@ -106,9 +106,10 @@ class Objective(objective.Objective):
         start = noise.latents(len(batch.prompt_indices))
         text = read_text(batch, start)
         x0 = rollout(self.setup.student, start, self.setup.grid, text).latents
-        levels = torch.tensor((*self.grid.times, 0.0), device=start.device)
-        k = (noise.uniform(len(start)) * len(self.grid)).long().clamp(max=len(self.grid) - 1)
-        t, s = levels[k], levels[k + 1]
+        # Drawn on the host, they tell the teacher which of its experts to ask without a look at the GPU.
+        levels = on_device((*self.grid.times, 0.0), torch.device("cpu"))
+        k = noise.spread_over(len(self.grid), len(start))
+        t, s = (to_device(levels[i], start.device) for i in (k, k + 1))
         x_t = add_noise(x0, noise.latents(len(start)), t)
-        x_s = x_t - (t - s).view(-1, 1, 1, 1, 1) * self.setup.teacher(x_t, t, text)
+        x_s = x_t - (t - s).view(-1, 1, 1, 1, 1) * self.setup.teacher(x_t, levels[k], text)
         return x_t, t, x_s, s, text

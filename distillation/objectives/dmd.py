@@ -143,7 +143,7 @@ class Objective(objective.Objective):
     def _expert_at(self, step: int) -> int:
         """Whose times a step scores at: each expert as often as its share of the times. All ranks choose alike."""
         u = SCORE_TIMES[0] + (SCORE_TIMES[1] - SCORE_TIMES[0]) * (step * GOLDEN_RATIO % 1.0)
-        return self.setup.teacher.in_charge(float(shift_time(torch.tensor(u, dtype=torch.float64), self.shift)))
+        return self.setup.teacher.in_charge(shift_time(u, self.shift))
 
     def _score_range(self, expert: int, level: float) -> tuple[float, float]:
         """Where an expert scores states of a level: from and to, before the shift. Empty where from >= to."""

@@ -20,7 +20,7 @@ from config.settings import AT_LEAST_ONE, NOT_NEGATIVE, setting
 from data.prompt_embeddings import Batch
 from distillation import objective
 from distillation.objective import Deck, Noise, Own, Work, check_updates, distance, read_text
-from models.flow import TimeGrid, few_step_grid, refine_grid
+from models.flow import TimeGrid, few_step_grid, on_device, refine_grid
 from models.sizes import WanSize
 from sampling.ddim import rollout
 
@@ -83,12 +83,9 @@ class Objective(objective.Objective):
 
     def loss(self, network: str, batch: Batch, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         k, x_k, text, target = self.deck.deal(noise, lambda: self._pairs(batch, noise))
-        v = self.setup.student(x_k, torch.tensor(self.grid.times, device=x_k.device)[k], text)
+        v = self.setup.student(x_k, on_device(self.grid.times, x_k.device)[k], text)
         errors = (v - target).detach().square().mean((1, 2, 3, 4))  # (n,)
-        steps = [errors[k == step] for step in range(len(self.grid))]
-        # Ranks average these: each must have them all, also of a step that its share happens to lack.
-        figures = {f"loss_step_{i}": (e if len(e) else errors).mean() for i, e in enumerate(steps)}
-        return distance(v, target, self.settings.huber_c), figures
+        return distance(v, target, self.settings.huber_c), self._by_step(errors, k)
 
     def state_dict(self) -> dict:
         return {"guide": self._copy.state_dict()} if self._copy else {}
@@ -96,6 +93,14 @@ class Objective(objective.Objective):
     def load_state_dict(self, state: dict) -> None:
         if self._copy:
             self._copy.load_state_dict(state["guide"])
+
+    def _by_step(self, errors: torch.Tensor, k: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The mean error of each of the grid's steps. Ranks average these: each must have them all, and where its share
+        happens to lack a step the mean over all stands in."""
+        of_step = k == torch.arange(len(self.grid), device=k.device)[:, None]  # (K, n)
+        counts = of_step.sum(1)
+        means = torch.where(counts > 0, (of_step * errors).sum(1) / counts, errors.mean())
+        return {f"loss_step_{i}": mean for i, mean in enumerate(means)}
 
     @torch.no_grad()
     def _pairs(self, batch: Batch, noise: Noise) -> tuple[torch.Tensor, ...]:

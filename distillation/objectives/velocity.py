@@ -15,7 +15,7 @@ from config.settings import AT_LEAST_ONE, setting
 from data.prompt_embeddings import Batch
 from distillation import objective
 from distillation.objective import Deck, Noise, Work, check_updates, read_text
-from models.flow import refine_grid
+from models.flow import on_device, refine_grid
 from sampling.ddim import rollout
 
 
@@ -63,5 +63,5 @@ class Objective(objective.Objective):
         start = noise.latents(len(batch.prompt_indices))
         text, n = read_text(batch, start), len(self.grid)
         teacher = rollout(self.setup.teacher, start, self.grid, text)
-        times = torch.tensor(self.grid.times, device=start.device).repeat_interleave(len(start))  # (n·B,)
+        times = on_device(self.grid.times, start.device).repeat_interleave(len(start))  # (n·B,)
         return torch.cat(teacher.states[:-1]), times, text.repeat(n, 1, 1), torch.cat(teacher.velocities)
