@@ -58,6 +58,7 @@ from distributed.process_group import (
 from distributed.sharding import gradients, is_sharded, whole_weights
 from distributed.stop import Stopped, StopSignal
 from models.adapters import Adapted
+from models.attention import check_attention_backend, use_attention_backend
 from models.compiling import compile_blocks
 from models.export import inspect_student, load_student
 from models.flow import VelocityField, few_step_grid
@@ -412,6 +413,7 @@ def make_student(config: Config, plan: Plan, teacher: Teacher, ranks: Ranks) -> 
     if config.optimization.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     student = fold_text_attention(student).train()
+    use_attention_backend(config.optimization.attention_backend, student)
     if config.optimization.compile:
         compile_blocks(student)
     return student
@@ -436,6 +438,7 @@ def init_expert(plan: Plan, teacher: Teacher) -> WanTransformer3DModel:
 def place_teacher(teacher: Teacher, config: Config, plan: Plan, ranks: Ranks) -> None:
     """The experts, loaded on the CPU, to where --teacher_device_strategy wants them. All ranks."""
     experts, strategy = [expert.field.transformer for expert in teacher.experts], plan.placement.strategy
+    use_attention_backend(config.optimization.attention_backend, *experts)
     if config.optimization.compile:  # before they are sharded
         compile_blocks(*experts)
     if plan.layout.teacher_storage_dtype:
@@ -523,7 +526,8 @@ def draw_from_student(config: Config, ranks: Ranks, trackers: Trackers, stop: St
     """--sample_only: pictures from a finished student's pipeline, on any number of ranks."""
     path, teacher = config.student.student_path, config.teacher
     info, drawing = inspect_student(path, config.student.student_shift, teacher.teacher_path, teacher.teacher_revision)
-    prompts = read_sample_prompts(config)
+    prompts, dtype = read_sample_prompts(config), resolve_dtype(config.teacher.teacher_dtype, ranks.device)
+    check_attention_backend(config.optimization.attention_backend, ranks.device, dtype)
     check_scorers(config.scoring)
     height, width = config.student.height or drawing.get("height"), config.student.width or drawing.get("width")
     if not height or not width:
@@ -532,9 +536,10 @@ def draw_from_student(config: Config, ranks: Ranks, trackers: Trackers, stop: St
         check_pixels(flag, pixels, info.pixels_per_patch)
     num_steps = config.sampling.sample_steps or drawing.get("num_inference_steps") or PLAIN_DDIM_STEPS
     trackers.start(config.to_dict())
-    dtype = resolve_dtype(config.teacher.teacher_dtype, ranks.device)
     text = encode_all(config, info, prompts, dtype, ranks, stop)
-    field = WanVelocity(load_student(path, info, drawing, dtype).to(ranks.device), info.expand_timesteps, dtype)
+    student = load_student(path, info, drawing, dtype).to(ranks.device)
+    use_attention_backend(config.optimization.attention_backend, student)
+    field = WanVelocity(student, info.expand_timesteps, dtype)
     round_ = Round(
         prompts=tuple(prompts),
         epoch=0,

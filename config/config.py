@@ -152,6 +152,20 @@ class OptimizationConfig:
     adam_epsilon: float = setting(1e-8, "AdamW", bound=POSITIVE)
     use_8bit_adam: bool = setting(False, "AdamW's moments in 8 bits, by bitsandbytes; needs a GPU")
     compile: bool = setting(False, "compile the blocks of student and teacher: faster steps after a slow first one")
+    attention_backend: str = setting(
+        "auto",
+        "of self-attention in student and teacher, by Diffusers' names; auto: PyTorch's choice",
+        choices=(
+            "auto",
+            "native",
+            "_native_cudnn",
+            "_native_flash",
+            "_native_efficient",
+            "flash",
+            "_flash_3",
+            "xformers",
+        ),
+    )
     mixed_precision: str = setting("no", "alone: bf16", choices=("no", "fp16", "bf16"), bare="bf16")
     student_sharding: str = setting(
         "ddp",

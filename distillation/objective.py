@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -299,6 +300,12 @@ def _file_of(name: str) -> ModuleType:
     return importlib.import_module(f"distillation.objectives.{name}")
 
 
+_texts: WeakKeyDictionary[Batch, Tensor] = WeakKeyDictionary()  # a step may learn from a batch several times
+
+
 def read_text(batch: Batch, like: Tensor) -> Tensor:
-    """A batch's text as networks read it, (B, L + 4, D + 1), on the device of `like`."""
-    return fold_text(to_device(batch.prompt_embeds, like.device).float(), to_device(batch.prompt_mask, like.device))
+    """A batch's text as networks read it, (B, L + 4, D + 1), on the device of `like`. Not to be changed."""
+    if batch not in _texts:
+        embeds, mask = (to_device(part, like.device) for part in (batch.prompt_embeds, batch.prompt_mask))
+        _texts[batch] = fold_text(embeds.float(), mask)
+    return _texts[batch]

@@ -14,8 +14,10 @@ from config.errors import UserError
 from data.prompts import holds_half_character, read_prompts
 from distillation.memory import Layout, Memory, Shapes, layout_of, memory_of, shapes_of
 from distillation.objective import check_objective, trains_experts
+from distillation.trained import PRECISION
 from distributed.placement import Placement, choose_placement
 from distributed.process_group import Ranks
+from models.attention import check_attention_backend
 from models.compiling import check_compiler
 from models.flow import TimeGrid, few_step_grid
 from models.folding import MAX_SEQUENCE_LENGTH
@@ -114,6 +116,10 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
     check_sharding(config, ranks)
     check_phases(phases, config)
     spec, dtype = read_spec(config, info), resolve_dtype(config.teacher.teacher_dtype, ranks.device)
+    if not config.run.dry_run:
+        trained_in = dtype if config.student.lora_rank else torch.float32
+        for used in {dtype, PRECISION[settings.mixed_precision] or trained_in}:
+            check_attention_backend(settings.attention_backend, ranks.device, used)
     sample_prompts = read_sample_prompts(config)
     guidance = default_guidance(info, config.teacher.guidance_scale, config.teacher.guidance_scale_2)
     shapes = shapes_of(info, spec, phases, config.student.student_steps, text_tokens([*prompts, *sample_prompts]))

@@ -10,6 +10,7 @@ from config.config import OptimizationConfig, Phase
 from distributed.process_group import Ranks
 from distributed.sharding import cut_like, whole, wrap
 
+CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed_precision
 
 
@@ -83,12 +84,14 @@ class Trained:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = whole(nn.utils.get_total_norm(gradients))
-        nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         finite = norm.isfinite()
         if self.optimizer.defaults.get("fused") and not self.scaler.is_enabled():
-            self.optimizer.found_inf = (~finite).float()  # what AdamW asks whether to leave a step out
+            # AdamW divides the gradients by the one as it reads them, and leaves the step out for the other.
+            self.optimizer.grad_scale = ((norm + CLIP_EPSILON) / self.max_grad_norm).clamp(min=1.0)
+            self.optimizer.found_inf = (~finite).float()
             self.optimizer.step()
         elif finite:  # the host waits for the GPU; fp16's scaler must know of slices that other ranks hold
+            nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
             self.scaler.step(self.optimizer)
         self.scaler.update()  # lowers fp16's scale where it was too high
         self.optimizer.zero_grad(set_to_none=True)

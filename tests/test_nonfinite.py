@@ -1,5 +1,6 @@
 """Gradients that are not finite: nothing learns from them, on any rank, and somebody is told."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -99,3 +100,22 @@ def test_weights_and_moments_stay_where_a_step_is_left_out():
 
 def tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [t for state in optimizer.state.values() for t in state.values()]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])  # within the norm, about it, far beyond
+def test_steps_are_those_of_clipped_gradients(scale):
+    """Against torch's own clipping and plain AdamW."""
+    settings, phase = OptimizationConfig(max_grad_norm=0.5), Phase("toy", 5, 0.1, "constant", 0, {})
+    torch.manual_seed(0)
+    network, x = nn.Linear(4, 3), scale * torch.randn(5, 4)
+    other = copy.deepcopy(network)
+    trained = Trained(network, settings, phase, ALONE)
+    adamw = torch.optim.AdamW(other.parameters(), lr=0.1, weight_decay=0.01, fused=False)
+    for _ in range(4):
+        network(x).square().sum().backward()
+        other(x).square().sum().backward()
+        norm, updated = trained.step()
+        assert norm.item() == pytest.approx(nn.utils.clip_grad_norm_(other.parameters(), 0.5).item()) and updated
+        adamw.step()
+        adamw.zero_grad()
+        assert all(map(torch.allclose, network.parameters(), other.parameters()))
