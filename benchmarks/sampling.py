@@ -104,9 +104,11 @@ class Student:
     vae: AutoencoderKLWan
     text: list[torch.Tensor]  # (n, D) of each prompt
     prompts: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
 
-    def round_of(self, size: int, num_steps: int) -> Round:
-        """All prompts, in pictures of size × size pixels."""
+    def round_of(self, height: int, width: int, num_steps: int) -> Round:
+        """All prompts, in pictures of so many pixels."""
         shift = self.info.flow_shift
         return Round(
             prompts=self.prompts,
@@ -114,8 +116,8 @@ class Student:
             step=0,
             grid=few_step_grid(num_steps, shift),
             shift=shift,
-            height=size,
-            width=size,
+            height=height,
+            width=width,
             seed=0,
         )
 
@@ -129,13 +131,15 @@ def low_noise_part(info: TeacherInfo) -> str:
     return list(info.transformer_configs)[-1]
 
 
-def load_student(info: TeacherInfo, count: int) -> Student:
+def load_student(
+    info: TeacherInfo, count: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+) -> Student:
     """With the text of `count` prompts."""
-    transformer = load_transformer(info.folder, low_noise_part(info), torch.float32)
+    transformer = load_transformer(info.folder, low_noise_part(info), dtype).to(device)
     prompts = tuple(scene.caption for scene in random_scenes(count, seed=0, held_out=False))
-    text = encode_text(load_text_pipeline(info, CPU, torch.float32), list(prompts))
-    field = WanVelocity(transformer, info.expand_timesteps)
-    return Student(info, field, load_vae(info.folder, CPU), text, prompts)
+    text = encode_text(load_text_pipeline(info, device, dtype), list(prompts))
+    field = WanVelocity(transformer, info.expand_timesteps, dtype)
+    return Student(info, field, load_vae(info.folder, device), text, prompts, device, dtype)
 
 
 def draw_round(student: Student, round_: Round, sampler: ParallelSampler) -> float:
@@ -174,7 +178,7 @@ def draw_bare(student: Student, round_: Round, ranks: Ranks) -> float:
 def compare_ranks(student: Student, ranks: Ranks, args: argparse.Namespace, folder: Path) -> list[Comparison]:
     """(a) and (c), on all ranks together."""
     size = args.size or ROUND_SIZE
-    round_ = student.round_of(size, args.steps)
+    round_ = student.round_of(size, size, args.steps)
     # With a world of one, rank 0's share is everything and rank 1's, being beyond it, nothing.
     alone = student.sampler(round_, folder / "alone", replace(ranks, world_size=1))
     together = student.sampler(round_, folder / "together", ranks)
@@ -191,19 +195,19 @@ def compare_ranks(student: Student, ranks: Ranks, args: argparse.Namespace, fold
     ]
 
 
-def compare_batches(student: Student, args: argparse.Namespace, folder: Path) -> tuple[list[Comparison], int]:
+def compare_batches(
+    student: Student, round_: Round, repeats: int, folder: Path, bar: float = 3.0
+) -> tuple[list[Comparison], int]:
     """(b), in this process alone; and by how many grey levels the two sides' pictures differ at most.
 
     What the batch alone gains is told apart from what folded text and time gain, by drawing folded singles as well.
     """
-    ranks = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=CPU, launched_by_torchrun=False)
-    size = args.size or BATCH_PICTURE_SIZE
-    round_ = student.round_of(size, args.steps)
+    ranks = alone_on(student.device)
     sampler = student.sampler(round_, folder / "batch", ranks)
     singles = student.sampler(round_, folder / "singles", ranks, batch_size=1)
     loop = folder / "loop"
     loop.mkdir(parents=True)
-    pipeline = stock_pipeline(student.info)
+    pipeline = stock_pipeline(student)
     embeds = [
         pipeline.encode_prompt(p, do_classifier_free_guidance=False, max_sequence_length=MAX_SEQUENCE_LENGTH)[0]
         for p in round_.prompts
@@ -226,28 +230,32 @@ def compare_batches(student: Student, args: argparse.Namespace, folder: Path) ->
         return time.perf_counter() - started
 
     sides = [draw_one_by_one, *(lambda s=s: draw_round(student, round_, s) for s in (singles, sampler))]
-    one_by_one, folded, batch = alternate(sides, args.repeats)
+    one_by_one, folded, batch = alternate(sides, repeats)
     pairs = zip(sorted(loop.glob("*.png")), sorted(sampler.folder.glob("epoch_0001_rank_0_sample_*.png")), strict=True)
     difference = max(int(np.abs(pixels(one) - pixels(other)).max()) for one, other in pairs)
-    what = f"{args.prompts} prompts, {size}×{size}"
+    what = f"{len(round_.prompts)} prompts, {round_.height}×{round_.width}"
     return [
-        speed_up(f"(b) {what}: a loop of stock pipeline calls → one batch", one_by_one, batch, bar=3.0),
+        speed_up(f"(b) {what}: a loop of stock pipeline calls → one batch", one_by_one, batch, bar),
         speed_up(f"    {what}: the sampler one picture at a time → one batch", folded, batch, bar=1.0),
     ], difference
 
 
-def stock_pipeline(info: TeacherInfo) -> WanPipeline:
+def alone_on(device: torch.device) -> Ranks:
+    return Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=device, launched_by_torchrun=False)
+
+
+def stock_pipeline(student: Student) -> WanPipeline:
     """The student as it is exported: nothing folded."""
-    text = load_text_pipeline(info, CPU, torch.float32)
-    load = dict(torch_dtype=torch.float32)
+    info, load = student.info, dict(torch_dtype=student.dtype)
+    text = load_text_pipeline(info, student.device, student.dtype)
     pipeline = WanPipeline(
         tokenizer=text.tokenizer,
         text_encoder=text.text_encoder,
-        vae=AutoencoderKLWan.from_pretrained(info.folder, subfolder="vae", **load),
+        vae=AutoencoderKLWan.from_pretrained(info.folder, subfolder="vae", torch_dtype=torch.float32),
         scheduler=few_step_scheduler(info.flow_shift),
         transformer=WanTransformer3DModel.from_pretrained(info.folder, subfolder=low_noise_part(info), **load),
         expand_timesteps=info.expand_timesteps,
-    )
+    ).to(student.device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -316,7 +324,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     download_weights(info)
     with tempfile.TemporaryDirectory() as folder:
         by_ranks = run_ranks(argv, Path(folder))
-        batches, difference = compare_batches(load_student(info, args.prompts), args, Path(folder))
+        student, size = load_student(info, args.prompts), args.size or BATCH_PICTURE_SIZE
+        round_ = student.round_of(size, size, args.steps)
+        batches, difference = compare_batches(student, round_, args.repeats, Path(folder))
     print(
         f"{args.pipeline}: {args.steps} steps, one thread a rank, medians of {args.repeats}\n\n"
         f"{table([by_ranks[0], *batches, by_ranks[1]])}\n\n"

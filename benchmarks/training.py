@@ -11,6 +11,7 @@ import argparse
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -22,7 +23,7 @@ import torch
 
 import train_distillation
 from benchmarks.arguments import at_least_one
-from config.config import load_config
+from config.config import Config, load_config
 from config.errors import UserError
 from data.batches import Batches
 from distillation.objective import objective_names, settings_of
@@ -64,6 +65,10 @@ class Watch:
                     parameter.grad = None
         return self.now() - started
 
+    def medians(self) -> tuple[float, float]:
+        """Seconds of a step, and of its network calls alone, when warm."""
+        return median(self.steps[WARM_UP:]), median(self.alone[WARM_UP:])
+
     def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -73,13 +78,23 @@ class Watch:
 ask = WanVelocity.__call__  # the one door to every network
 
 
-def measure(objective: str, count: int, flags: list[str], folder: Path) -> Watch:
-    """`count` steps of one objective in the real loop."""
-    about = ["--objective", objective, "--num_steps", str(count + WARM_UP + 1), "--output_dir", str(folder)]
-    config = load_config([*flags, *about, "--no_save_samples", "--checkpointing_steps", "1000000"], settings_of)
+def configure(objective: str, steps: int, flags: list[str], folder: Path) -> Config:
+    about = ["--objective", objective, "--num_steps", str(steps), "--output_dir", str(folder)]
+    return load_config([*flags, *about, "--no_save_samples", "--checkpointing_steps", "1000000"], settings_of)
+
+
+def train(config: Config) -> None:
+    """The whole program, in this process; what it says goes where its progress bars go."""
     ranks = init_process_group(config.run.ddp_timeout)
     train_distillation.set_up_logging(ranks)
-    watch = Watch(ranks.device)
+    with redirect_stdout(sys.stderr), Trackers(config.run, ranks.is_main) as trackers:
+        train_distillation.train(config, ranks, trackers, StopSignal())
+
+
+def measure(objective: str, count: int, flags: list[str], folder: Path) -> Watch:
+    """`count` steps of one objective in the real loop."""
+    config = configure(objective, count + WARM_UP + 1, flags, folder)
+    watch = Watch(init_process_group(config.run.ddp_timeout).device)
 
     class Watched(Batches):
         def __next__(self):
@@ -92,8 +107,7 @@ def measure(objective: str, count: int, flags: list[str], folder: Path) -> Watch
 
     train_distillation.Batches, WanVelocity.__call__ = Watched, recorded
     try:
-        with Trackers(config.run, ranks.is_main) as trackers:
-            train_distillation.train(config, ranks, trackers, StopSignal())
+        train(config)
     finally:
         train_distillation.Batches, WanVelocity.__call__ = Batches, ask
     return watch
@@ -102,8 +116,8 @@ def measure(objective: str, count: int, flags: list[str], folder: Path) -> Watch
 def row(objective: str, watch: Watch) -> str:
     steps, alone = watch.steps[WARM_UP:], watch.alone[WARM_UP:]
     ratio = median(a / b for a, b in zip(steps, alone, strict=True))
-    met = "yes" if ratio <= BAR else "NO"
-    return f"| {objective} | {median(steps):.3f} | {median(alone):.3f} | {ratio:.3f} | {met} |"
+    step, calls = watch.medians()
+    return f"| {objective} | {step:.3f} | {calls:.3f} | {ratio:.3f} | {'yes' if ratio <= BAR else 'NO'} |"
 
 
 def main(argv: list[str]) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from diffusers import WanPipeline
 from PIL import Image
 
-from benchmarks import features, quality
+from benchmarks import features, gpu, quality, shapes, training
 from data.scenes import draw, parse_caption
 
 CAPTIONS = quality.held_out_captions(4, seed=0)
@@ -143,3 +144,54 @@ def test_features_of_a_picture_do_not_depend_on_its_batch():
     assert together.shape == (4, 1280)
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
     assert torch.cdist(together, together).sum() / 12 > 1
+
+
+# ------------------------------------------------------------------------------------------------ speed
+
+
+def test_a_training_step_beside_its_network_calls(capsys):
+    flags = ["--train_batch_size", "1", "--teacher_substeps", "1", "--student_steps", "1"]
+    training.main(["--objectives", "velocity", "--count", "2", *flags])
+    name, step, alone, ratio, _ = cells(capsys.readouterr().out.splitlines()[-1])
+    assert name == "velocity" and float(step) > 0 and float(ratio) == pytest.approx(float(step) / float(alone), rel=0.5)
+
+
+def test_all_calls_of_a_step_are_made_again():
+    """Those of the teacher, and the student's with its backward; weights and gradients stay as they are."""
+    calls, network = [], torch.nn.Linear(2, 2)
+    watch = training.Watch(torch.device("cpu"))
+
+    def field(x):
+        calls.append(torch.is_grad_enabled())
+        return network(x)
+
+    watch.calls = [(SimpleNamespace(transformer=network), (torch.ones(1, 2),), gradient) for gradient in (False, True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "ask", lambda velocity, x: field(x))
+        watch.between_steps()
+    assert calls == [False, True] and len(watch.steps) == len(watch.alone) == 1 and not watch.calls
+    assert network.weight.grad is None
+
+
+def test_a_gpu_s_figures_at_small_shapes(monkeypatch, capsys):
+    transformer = dict(num_layers=3, num_attention_heads=1, ffn_dim=64, in_channels=16, out_channels=16)
+    vae = dict(base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    monkeypatch.setitem(shapes.TEACHERS, "small", (transformer, vae, 2, 3.0))
+    for name, value in {"TEACHER_STEPS": 2, "PICTURES": 2, "PRODUCT": {"cpu": 128}}.items():
+        monkeypatch.setattr(gpu, name, value)
+    what = ["--teachers", "small", "--sizes", "40x64", "--objectives", "trajectory", "--blocks", "1", "--repeats", "1"]
+    gpu.main(["--device", "cpu", *what])
+    said = capsys.readouterr().out
+    rows = {
+        cells(line)[1]: cells(line) for line in said.splitlines() if line.startswith("| 32×64 ")
+    }
+    assert rows.keys() == set(gpu.BACKENDS) and float(rows["native"][3]) > 0
+    assert rows["_native_cudnn"][2].startswith("not here: No viable backend")
+    step = cells(next(line for line in said.splitlines() if line.startswith("| trajectory ")))
+    assert float(step[1]) > 0 and step[4] == "not measured" and float(step[5]) > 0
+    assert "small: 3 of 3 blocks" in said and "small: 1 blocks a network, 32×64" in said
+    assert "differ by at most 1 of 255" in said or "differ by at most 0 of 255" in said
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")[1:-1]]
