@@ -63,13 +63,14 @@ def gpu(config: Config) -> tuple[float | None, float]:
 
 def on_disk(info: TeacherInfo, shapes: Shapes) -> str:
     """What the safetensors files' headers say of the teacher's weights, as far as they are here."""
-    expected = dict(zip(info.transformer_configs, (e.parameters for e in shapes.experts), strict=True))
+    experts = dict(zip(info.transformer_configs, shapes.experts, strict=True))
+    expected = {part: None if part in info.quantised else size.parameters for part, size in experts.items()}
     expected["text_encoder"] = shapes.text_encoder.parameters
     return ", ".join(f"{part} {stored(info.folder / part, count)}" for part, count in expected.items())
 
 
-def stored(folder: Path, expected: int) -> str:
-    """ "28.6 GB", "not there yet", or how much of `expected` parameters is there."""
+def stored(folder: Path, expected: int | None) -> str:
+    """ "28.6 GB", "not there yet", or how much of `expected` parameters is there, where their number is known."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         return "not there yet"
@@ -77,7 +78,8 @@ def stored(folder: Path, expected: int) -> str:
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return f"{size / 1e9:.3g} GB" + (f" ({count:,} of {expected:,} parameters)" if count != expected else "")
+    missing = f" ({count:,} of {expected:,} parameters)" if expected not in (None, count) else ""
+    return f"{size / 1e9:.3g} GB{missing}"
 
 
 # ---------------------------------------------------------------------------------------------- tables

@@ -16,6 +16,7 @@ from config.errors import UserError
 from data.prompt_embeddings import PROMPTS_A_CALL
 from distillation.objective import Own, Work, own_parameters, work
 from distillation.trained import PRECISION
+from models.quantised import stored_bytes
 from models.sizes import TextSize, WanSize, folded_length, text_size, vae_bytes, wan_size
 from models.student import StudentSpec
 from models.teacher import TeacherInfo
@@ -150,7 +151,7 @@ def shapes_of(
         raise UserError(f"--teacher_path {info.name}: text_encoder/config.json not found; a Wan pipeline has one")
     latent_shape = info.latent_shape(spec.height, spec.width)
     return Shapes(
-        experts=tuple(wan_size(c, info.expand_timesteps) for c in info.transformer_configs.values()),
+        experts=tuple(expert_size(info, part) for part in info.transformer_configs),
         student=wan_size(spec.transformer_config, info.expand_timesteps),
         latent_shape=latent_shape,
         text_tokens=text_tokens,
@@ -160,6 +161,16 @@ def shapes_of(
         vae=vae_bytes(info.vae_config, latent_shape),
         text_encoder=text_size(UMT5Config.from_json_file(folder / "config.json")),
     )
+
+
+def expert_size(info: TeacherInfo, part: str) -> WanSize:
+    """One of the teacher's transformers. What a quantiser has packed takes what its files do; where they are not there
+    yet, 8 bits a weight are assumed."""
+    size = wan_size(info.transformer_configs[part], info.expand_timesteps)
+    if part not in info.quantised:
+        return size
+    assumed = size.bytes(torch.bfloat16, torch.float8_e4m3fn)
+    return replace(size, packed=stored_bytes(info.folder / part) or assumed)
 
 
 # ---------------------------------------------------------------------------------------------- rows and stages

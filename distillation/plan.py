@@ -21,6 +21,7 @@ from models.attention import check_attention_backend
 from models.compiling import check_compiler
 from models.flow import TimeGrid, few_step_grid
 from models.folding import MAX_SEQUENCE_LENGTH
+from models.quantised import check_quantiser
 from models.student import StudentSpec, read_student_config
 from models.teacher import TeacherInfo, check_weights, default_guidance, inspect_teacher, resolve_dtype
 from sampling.parallel import share
@@ -129,7 +130,8 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
     layout = replace(layout, teacher=placement.strategy)
     if config.student.lora_rank:
         check_lora(spec, info, config, placement.strategy)
-    check_experts(phases, config, placement.strategy)
+    check_experts(phases, config, placement.strategy, info)
+    check_quantised(info, config, placement.strategy, dtype)
     memory = memory_of(shapes, layout)
     if not config.run.dry_run:
         check_memory(memory, info, ranks.device)
@@ -163,7 +165,7 @@ def check_phases(phases: tuple[Phase, ...], config: Config) -> None:
             raise UserError(f"{where}: {error}") from None
 
 
-def check_experts(phases: tuple[Phase, ...], config: Config, strategy: str) -> None:
+def check_experts(phases: tuple[Phase, ...], config: Config, strategy: str, info: TeacherInfo) -> None:
     """Raises UserError, which names the phase, where an objective trains on experts that are not where it needs them.
 
     Args:
@@ -171,7 +173,7 @@ def check_experts(phases: tuple[Phase, ...], config: Config, strategy: str) -> N
     """
     for where, phase in named(phases):
         if trains_experts(phase.objective):
-            check_trained_experts(where, strategy, config.teacher.teacher_storage_dtype)
+            check_trained_experts(where, strategy, config.teacher.teacher_storage_dtype, info)
         if strategy == "shard" and config.student.lora_rank and phase.settings.get("fake_score") == "full":
             raise UserError(
                 f"{where}: fake_score full copies experts, and with --lora_rank and --teacher_device_strategy shard "
@@ -202,7 +204,7 @@ def check_lora(spec: StudentSpec, info: TeacherInfo, config: Config, strategy: s
                 f"--student_config {config.student.student_config}: {key} is {value}, the teacher's is {teacher[key]}; "
                 f"with --lora_rank the student is the teacher itself: leave {key} out, or train without --lora_rank"
             )
-    check_trained_experts("--lora_rank", strategy, config.teacher.teacher_storage_dtype)
+    check_trained_experts("--lora_rank", strategy, config.teacher.teacher_storage_dtype, info)
     if strategy == "shard" and config.student.merge_lora:
         raise UserError(
             "--merge_lora: not with --teacher_device_strategy shard, where no rank has the whole teacher to merge it "
@@ -210,8 +212,8 @@ def check_lora(spec: StudentSpec, info: TeacherInfo, config: Config, strategy: s
         )
 
 
-def check_trained_experts(where: str, strategy: str, storage_dtype: str) -> None:
-    """Raises UserError where the experts, on which something trains, are off the device or in a dtype of storage."""
+def check_trained_experts(where: str, strategy: str, storage_dtype: str, info: TeacherInfo) -> None:
+    """Raises UserError where the experts, on which something trains, are off the device or in numbers of storage."""
     if strategy in ("cpu", "group_offload"):
         raise UserError(
             f"{where}: trains on the teacher's experts, which --teacher_device_strategy {strategy} keeps off the GPU; "
@@ -222,6 +224,29 @@ def check_trained_experts(where: str, strategy: str, storage_dtype: str) -> None
             f"{where}: trains on the teacher's experts, which --teacher_storage_dtype {storage_dtype} rounds after "
             "each use; accepted: auto"
         )
+    if info.quantised:
+        raise UserError(
+            f"{where}: trains on the teacher's experts, and those of --teacher_path {info.name} are quantised; "
+            "accepted: a teacher in bfloat16 or float32, or an objective that only asks it, with a student of its own"
+        )
+
+
+def check_quantised(info: TeacherInfo, config: Config, strategy: str, dtype: torch.dtype) -> None:
+    """Raises UserError where a quantised teacher is to be where its weights cannot go, or cannot be read here."""
+    if not info.quantised:
+        return
+    if strategy not in ("replicate", "cpu"):
+        raise UserError(
+            f"--teacher_device_strategy {strategy}: moves weights, and those of --teacher_path {info.name} are "
+            "quantised; accepted: replicate, where it fits, or cpu"
+        )
+    if config.teacher.teacher_storage_dtype != "auto":
+        raise UserError(
+            f"--teacher_storage_dtype {config.teacher.teacher_storage_dtype}: --teacher_path {info.name} is quantised "
+            "already; accepted: auto"
+        )
+    for part, settings in info.quantised.items() if not config.run.dry_run else ():
+        check_quantiser(settings, f"--teacher_path {info.name}: {part}", dtype)
 
 
 def check_sharding(config: Config, ranks: Ranks) -> None:
@@ -330,6 +355,8 @@ def describe(plan: Plan, config: Config, ranks: Ranks) -> str:
     levels = ", ".join(f"{sigma:.3g}" for sigma in plan.grid.sigmas[:-1])
     dtype = str(plan.dtype).removeprefix("torch.")
     dtype += f" kept in {config.teacher.teacher_storage_dtype}" if plan.layout.teacher_storage_dtype else ""
+    methods = dict.fromkeys(quantisation.get("quant_method", "") for quantisation in info.quantised.values())
+    dtype += f", quantised by {' and '.join(methods)}" if methods else ""
     lines = {
         "teacher": f"{info.name} ({experts}, {dtype}, guidance {w})",
         "student": f"{lora}{student['num_layers']} layers × {width}, {plan.spec.height}×{plan.spec.width} pixels, "

@@ -58,7 +58,7 @@ def place(networks: list[nn.Module], strategy: str, ranks: Ranks) -> None:
     if strategy == "offload":
         keep_one_resident(networks, ranks.device)
     for network in networks:
-        if strategy == "replicate":
+        if strategy == "replicate" and any(p.device != ranks.device for p in network.parameters()):
             network.to(ranks.device)
         elif strategy == "shard":
             shard_frozen(network, ranks)

@@ -47,9 +47,12 @@ class WanSize:
     picture_weights: int  # of linear layers and convolutions, by what their rows are
     text_weights: int
     time_weights: int
+    packed: int = 0  # bytes of weights that a quantiser has packed
 
     def bytes(self, dtype: torch.dtype, storage_dtype: torch.dtype | None = None) -> int:
         """Of the weights as loaded in `dtype`, with what can be stored so in `storage_dtype`; and of the buffers."""
+        if self.packed:
+            return self.packed + self.buffer_bytes
         whole = (self.parameters - self.float32) * dtype.itemsize + self.float32 * 4 + self.buffer_bytes
         return whole - self.storable * (dtype.itemsize - storage_dtype.itemsize) if storage_dtype else whole
 

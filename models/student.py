@@ -22,6 +22,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
 from config.errors import UserError, nearest
+from models.quantised import plain
 
 DEFAULTS = {
     name: parameter.default
@@ -165,8 +166,8 @@ def build_student(
 ) -> tuple[WanTransformer3DModel, list[InitRow]]:
     """A stock transformer on the teacher's device, its weights copied or cut from the teacher's expert.
 
-    The result shares no memory with `teacher`, which must not be sharded yet and may be of another dtype. Modules
-    that Diffusers keeps in float32 are in float32 whatever `dtype` is.
+    The result shares no memory with `teacher`, which must not be sharded yet and may be of another dtype, or quantised.
+    Modules that Diffusers keeps in float32 are in float32 whatever `dtype` is.
     """
     sources = dict(teacher.named_parameters())
     kept = keep_channels(spec, teacher)
@@ -175,13 +176,13 @@ def build_student(
     weights, rows = {}, []
     for name, parameter in student.named_parameters():
         source = source_name(name, spec.layers)
-        weight = sources[source].detach()
+        weight = whole = plain(sources[source])
         for dim, channels in enumerate(channels_of(source)):
             if channels in kept:
                 weight = weight.index_select(dim, kept[channels])
         weights[name] = weight.to(parameter_dtype(name, dtype), copy=True)
-        how = "copied" if parameter.shape == sources[source].shape else "cut"
-        rows.append(InitRow(name, tuple(parameter.shape), source, tuple(sources[source].shape), how))
+        how = "copied" if parameter.shape == whole.shape else "cut"
+        rows.append(InitRow(name, tuple(parameter.shape), source, tuple(whole.shape), how))
     student.load_state_dict(weights, strict=True, assign=True)
     # The rotary table is no weight, so it is computed anew rather than taken from a teacher in half precision.
     config = student.config
@@ -283,7 +284,7 @@ def _strengths(spec: StudentSpec, teacher: WanTransformer3DModel) -> dict[str, l
     """For every kind of channel, in the blocks that stay: [how strongly each is written, how strongly read]."""
     strengths = defaultdict(lambda: [0, 0])
     for name, weight in _layers_kept(spec, teacher):
-        squared = weight.detach().float().square()
+        squared = weight.float().square()
         for end, channels in enumerate(channels_of(name)):
             if channels in (None, "modulation"):
                 continue
@@ -297,7 +298,7 @@ def _layers_kept(spec: StudentSpec, teacher: WanTransformer3DModel) -> Iterator[
     for name, weight in teacher.named_parameters():
         block_gone = name.startswith("blocks.") and int(name.split(".")[1]) not in spec.layers
         if name.endswith(".weight") and weight.ndim > 1 and not block_gone:
-            yield name, weight
+            yield name, plain(weight)
 
 
 def _largest(importance: torch.Tensor, number: int) -> torch.Tensor:

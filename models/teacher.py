@@ -4,7 +4,7 @@ Wan2.2-A14B's two experts, Wan2.1's single transformer, and TI2V-5B, which takes
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from config.errors import UserError
 from models.flow import to_device
 from models.folding import MAX_SEQUENCE_LENGTH, fold_text, fold_text_attention, pad_folded
 
+QUANTISED = "quantization_config"  # Diffusers' key
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -37,6 +38,7 @@ class TeacherInfo:
     expand_timesteps: bool
     flow_shift: float
     vae_config: dict
+    quantised: dict[str, dict] = field(default_factory=dict)  # transformer → its quantization_config, where it has one
 
     @property
     def vae_scale(self) -> int:
@@ -87,7 +89,8 @@ def inspect_teacher(
         name=name,
         folder=folder,
         revision=revision,
-        transformer_configs=configs,
+        transformer_configs={n: {k: v for k, v in c.items() if k != QUANTISED} for n, c in configs.items()},
+        quantised={n: c[QUANTISED] for n, c in configs.items() if c.get(QUANTISED)},
         boundary_ratio=index.get("boundary_ratio"),
         expand_timesteps=bool(index.get("expand_timesteps")),
         flow_shift=flow_shift or scheduler.get("flow_shift") or scheduler.get("shift") or 1.0,
@@ -295,7 +298,9 @@ def load_teacher(
     thresholds = (info.boundary_ratio or 0.0, 0.0)
     experts = []
     for part, scale, t_min in zip(info.transformer_configs, guidance, thresholds, strict=False):
-        transformer = load_transformer(info.folder, part, dtype).to(device)
+        transformer = load_transformer(info.folder, part, dtype)
+        if part not in info.quantised:  # its quantiser has put it where it can compute
+            transformer.to(device)
         experts.append(Expert(WanVelocity(transformer, info.expand_timesteps, dtype), scale, t_min))
     return Teacher(experts, negative_embeds)
 

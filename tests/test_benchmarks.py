@@ -182,9 +182,7 @@ def test_a_gpu_s_figures_at_small_shapes(monkeypatch, capsys):
     what = ["--teachers", "small", "--sizes", "40x64", "--objectives", "trajectory", "--blocks", "1", "--repeats", "1"]
     gpu.main(["--device", "cpu", *what])
     said = capsys.readouterr().out
-    rows = {
-        cells(line)[1]: cells(line) for line in said.splitlines() if line.startswith("| 32×64 ")
-    }
+    rows = {cells(line)[1]: cells(line) for line in said.splitlines() if line.startswith("| 32×64 ")}
     assert rows.keys() == set(gpu.BACKENDS) and float(rows["native"][3]) > 0
     assert rows["_native_cudnn"][2].startswith("not here: No viable backend")
     step = cells(next(line for line in said.splitlines() if line.startswith("| trajectory ")))

@@ -1,6 +1,7 @@
 """Where the teacher's experts are: decided by bytes, and swapped without losing any."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from models.scores import fake_scores
 from models.teacher import Teacher
 
 CPU, GB = torch.device("cpu"), 10**9
+PLAIN = SimpleNamespace(quantised={})  # a teacher
 
 
 def ranks_of(world_size: int, device: torch.device = CPU) -> Ranks:
@@ -146,14 +148,14 @@ def config_of(*flags: str):
 def test_dmd_trains_on_no_expert_that_is_off_the_device(strategy):
     config = config_of("--objective", "dmd")
     with pytest.raises(UserError, match=f"--objective dmd: .*--teacher_device_strategy {strategy}"):
-        check_experts(config.phases, config, strategy)
-    check_experts(config.phases, config, "offload")
+        check_experts(config.phases, config, strategy, PLAIN)
+    check_experts(config.phases, config, "offload", PLAIN)
 
 
 def test_dmd_trains_on_no_expert_in_float8():
     config = config_of("--objective", "dmd", "--teacher_storage_dtype", "float8_e4m3fn")
     with pytest.raises(UserError, match="--objective dmd: .*--teacher_storage_dtype float8_e4m3fn"):
-        check_experts(config.phases, config, "replicate")
+        check_experts(config.phases, config, "replicate", PLAIN)
 
 
 def test_what_cannot_be_spread_is_refused():
