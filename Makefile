@@ -27,6 +27,8 @@ demo: setup
 test: setup
 	@sh tests/install_chromium.sh
 	$(BIN)/python -m pytest
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/quantised torchao==0.18.0
+	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/test_quantised.py
 
 # Every fault of docs/reliability.md, also those that `make test` has no time for.
 test-faults: setup

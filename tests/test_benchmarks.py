@@ -11,7 +11,7 @@ import torch
 from diffusers import WanPipeline
 from PIL import Image
 
-from benchmarks import features, gpu, quality, shapes, training
+from benchmarks import features, gpu, landscapes, quality, shapes, training
 from data.scenes import draw, parse_caption
 
 CAPTIONS = quality.held_out_captions(4, seed=0)
@@ -193,3 +193,32 @@ def test_a_gpu_s_figures_at_small_shapes(monkeypatch, capsys):
 
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_another_teacher_in_the_same_layout(tmp_path, monkeypatch, capsys):
+    """All stages, a step each: what is written is a pipeline that the yardstick draws with."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    steps = dict.fromkeys(landscapes.STEPS, 1)
+    monkeypatch.setattr(landscapes, "STEPS", steps)
+    landscapes.main(["--output", str(tmp_path), "--bank", "64"])
+    known, held_out = ((tmp_path / f"{name}.txt").read_text().splitlines() for name in ("prompts", "held_out"))
+    assert not set(known) & set(held_out) and len(set(known)) == len(known) == 1200
+    (tmp_path / "few.txt").write_text("\n".join(held_out[:2]))
+    size = ["--prompts", str(tmp_path / "few.txt"), "--teacher_steps", "1", "--threads", "1", "--no_features"]
+    quality.main(["--teacher", str(tmp_path / "teacher"), *size, "--height", "64", "--width", "64"])
+    assert "| teacher" in capsys.readouterr().out
+    tokenizer = landscapes.build_tokenizer()
+    assert tokenizer.unk_token_id not in tokenizer([*known, *held_out]).input_ids[0]
+
+
+@pytest.mark.parametrize(
+    "field, other", [("sky", "pink"), ("ground", "white"), ("ridge", "mountains"), ("disc", "sun")]
+)
+def test_a_landscape_shows_what_its_caption_says(field, other):
+    one = landscapes.Landscape("green", "plains", "blue", "large", "moon", "high", "on the left")
+    assert one.caption == "green plains under a blue sky with a large moon high on the left"
+    another = one._replace(**{field: other})
+    pictures = [np.asarray(landscapes.draw(which, random.Random(0)), dtype=int) for which in (one, another)]
+    changed = np.abs(pictures[0] - pictures[1]).max(2) > 20
+    where = {"sky": changed[:8, 40:], "ground": changed[-6:], "ridge": changed[28:52], "disc": changed[6:18, 6:20]}
+    assert where[field].mean() > 0.2

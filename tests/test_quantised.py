@@ -1,4 +1,8 @@
-"""A teacher saved quantised, by torchao, is loaded as any other; its student is of ordinary numbers."""
+"""A teacher saved quantised, by torchao, is loaded as any other; its student is of ordinary numbers.
+
+torchao talks at every start of a program that could use it, so that it is not among the requirements: `make test` puts
+it where these tests alone find it.
+"""
 
 import json
 import shutil
@@ -7,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import TorchAoConfig, WanTransformer3DModel
-from torchao.quantization import Int8WeightOnlyConfig
 
 from config.errors import UserError
 from distillation.memory import expert_size
@@ -17,6 +20,7 @@ from models.teacher import inspect_teacher, load_transformer
 from tests.test_sharding import ALONE, flags_of, go
 from tests.test_train import PROGRAM, torchrun
 
+quantization = pytest.importorskip("torchao.quantization", reason="torchao is not here; make test runs these apart")
 PARTS = ("transformer", "transformer_2")
 
 
@@ -26,7 +30,7 @@ def quantised(random_pipeline_dir, tmp_path_factory) -> Path:
     shutil.copytree(random_pipeline_dir, folder)
     for part in PARTS:
         shutil.rmtree(folder / part)
-        settings = TorchAoConfig(Int8WeightOnlyConfig())
+        settings = TorchAoConfig(quantization.Int8WeightOnlyConfig())
         WanTransformer3DModel.from_pretrained(
             random_pipeline_dir, subfolder=part, quantization_config=settings, torch_dtype=torch.float32
         ).save_pretrained(folder / part)
