@@ -209,7 +209,7 @@ def train(config: Config, ranks: Ranks, trackers: Trackers, stop: StopSignal) ->
         setup=Setup(teacher, as_field(wrapped, student_dtype), plan.grid, plan.shift, student, as_field, student_dtype),
         wrapped=wrapped,
         ema=EMA(student, settings.ema_decay) if settings.use_ema else None,
-        batches=Batches(text, prompts, ranks.device, ahead=settings.gradient_accumulation_steps),
+        batches=Batches(text, prompts, ahead=settings.gradient_accumulation_steps),
         sampler=sampler,
         sample_text=sample_text,
         trackers=trackers,

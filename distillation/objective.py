@@ -306,6 +306,5 @@ _texts: WeakKeyDictionary[Batch, Tensor] = WeakKeyDictionary()  # a step may lea
 def read_text(batch: Batch, like: Tensor) -> Tensor:
     """A batch's text as networks read it, (B, L + 4, D + 1), on the device of `like`. Not to be changed."""
     if batch not in _texts:
-        embeds, mask = (to_device(part, like.device) for part in (batch.prompt_embeds, batch.prompt_mask))
-        _texts[batch] = fold_text(embeds.float(), mask)
+        _texts[batch] = to_device(fold_text(batch.prompt_embeds.float(), batch.prompt_mask), like.device)
     return _texts[batch]

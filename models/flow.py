@@ -21,9 +21,9 @@ def per_sample(t: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def on_device(times: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """A grid's times or sigmas as a tensor, (K,) in float32. Made once, and not to be changed."""
-    return to_device(torch.tensor(times), device)
+def on_device(times: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A grid's times or sigmas as a tensor, (K,). Made once, and not to be changed."""
+    return to_device(torch.tensor(times, dtype=dtype), device)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

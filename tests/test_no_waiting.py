@@ -94,7 +94,7 @@ class Text:
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_batches_are_read_ahead_in_order_and_training_stands_where_it_stood(ahead):
     text, prompts, plain = Text(), PromptSampler(7, 2, 1, 2, seed=3), PromptSampler(7, 2, 1, 2, seed=3)
-    batches = Batches(text, prompts, torch.device("cpu"), ahead)
+    batches = Batches(text, prompts, ahead)
     for count in range(1, 9):
         assert next(batches) == next(plain) and prompts.state_dict() == plain.state_dict()
         batches._reader.submit(int).result()  # what was asked for is read by now, without anybody waiting for it
@@ -108,7 +108,7 @@ def test_a_batch_that_cannot_be_read_is_told_when_it_is_asked_for():
                 raise OSError("disk gone")
             return super().batch(indices)
 
-    batches = Batches(Broken(), PromptSampler(4, 2, 0, 1, seed=0), torch.device("cpu"))
+    batches = Batches(Broken(), PromptSampler(4, 2, 0, 1, seed=0))
     next(batches)
     with pytest.raises(OSError, match="disk gone"):
         next(batches)

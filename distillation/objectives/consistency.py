@@ -96,7 +96,7 @@ class Objective(objective.Objective):
         start = noise.latents(len(batch.prompt_indices))
         text, n = read_text(batch, start), len(self.grid)
         states = rollout(self.setup.teacher, start, self.grid, text).states
-        levels = on_device((*self.grid.times, 0.0), start.device)
+        levels = on_device((*self.grid.times, 0.0), start.device, start.dtype)
         t, s = (part.repeat_interleave(len(start)) for part in (levels[:-1], levels[1:]))
         return torch.cat(states[:-1]), t, torch.cat(states[1:]), s, text.repeat(n, 1, 1)
 
@@ -107,7 +107,7 @@ class Objective(objective.Objective):
         text = read_text(batch, start)
         x0 = rollout(self.setup.student, start, self.setup.grid, text).latents
         # Drawn on the host, they tell the teacher which of its experts to ask without a look at the GPU.
-        levels = on_device((*self.grid.times, 0.0), torch.device("cpu"))
+        levels = on_device((*self.grid.times, 0.0), torch.device("cpu"), start.dtype)
         k = noise.spread_over(len(self.grid), len(start))
         t, s = (to_device(levels[i], start.device) for i in (k, k + 1))
         x_t = add_noise(x0, noise.latents(len(start)), t)

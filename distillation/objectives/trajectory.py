@@ -83,7 +83,7 @@ class Objective(objective.Objective):
 
     def loss(self, network: str, batch: Batch, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         k, x_k, text, target = self.deck.deal(noise, lambda: self._pairs(batch, noise))
-        v = self.setup.student(x_k, on_device(self.grid.times, x_k.device)[k], text)
+        v = self.setup.student(x_k, on_device(self.grid.times, x_k.device, x_k.dtype)[k], text)
         errors = (v - target).detach().square().mean((1, 2, 3, 4))  # (n,)
         return distance(v, target, self.settings.huber_c), self._by_step(errors, k)
 

@@ -63,5 +63,5 @@ class Objective(objective.Objective):
         start = noise.latents(len(batch.prompt_indices))
         text, n = read_text(batch, start), len(self.grid)
         teacher = rollout(self.setup.teacher, start, self.grid, text)
-        times = on_device(self.grid.times, start.device).repeat_interleave(len(start))  # (n·B,)
+        times = on_device(self.grid.times, start.device, start.dtype).repeat_interleave(len(start))  # (n·B,)
         return torch.cat(teacher.states[:-1]), times, text.repeat(n, 1, 1), torch.cat(teacher.velocities)
