@@ -11,8 +11,12 @@ import torch
 from diffusers import WanPipeline
 from PIL import Image
 
-from benchmarks import features, gpu, landscapes, quality, shapes, training
+from benchmarks import features, gpu, landscapes, objectives, quality, shapes, training
+from config.config import load_config
 from data.scenes import draw, parse_caption
+from distillation.objective import settings_of
+from distillation.plan import make_plan
+from distributed.process_group import Ranks
 
 CAPTIONS = quality.held_out_captions(4, seed=0)
 
@@ -222,3 +226,22 @@ def test_a_landscape_shows_what_its_caption_says(field, other):
     changed = np.abs(pictures[0] - pictures[1]).max(2) > 20
     where = {"sky": changed[:8, 40:], "ground": changed[-6:], "ridge": changed[28:52], "disc": changed[6:18, 6:20]}
     assert where[field].mean() > 0.2
+
+
+@pytest.mark.parametrize("name", objectives.RECIPES)
+def test_the_recipes_of_every_objective_are_accepted(name, tmp_path):
+    config = load_config([*objectives.flags_of(name, tmp_path), "--output_dir", str(tmp_path)], settings_of)
+    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
+    assert [p.objective for p in make_plan(config, ranks).phases] == [
+        p["objective"] for p in objectives.RECIPES[name][1]
+    ]
+
+
+def test_what_an_objective_costs_and_how_its_seeds_differ():
+    """The demo's: 120 steps × 32 prompts × 16 guided forwards, each of two."""
+    assert objectives.teacher_forwards("trajectory") == 120 * 32 * 16 * 2
+    assert objectives.teacher_forwards("dmd") == 60 * 32 * 2
+    row = {"captions": 8, "steps": 4, "right": 0.5, "frechet": 2.0, "diversity": 1.0}
+    rows = [row | {"right": 0.9}, row, row | {"right": 0.75, "frechet": 3.0}]
+    last = objectives.table(["velocity"], 2, rows).splitlines()[-1]
+    assert cells(last)[3:] == ["62.5 (50.0 to 75.0) %", "1.25 (1.00 to 1.50)", "1.00 (1.00 to 1.00)"]

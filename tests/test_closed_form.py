@@ -241,8 +241,9 @@ def test_trajectory_by_halving_learns_the_distribution():
     assert_learnt(student, data, within=0.12)
 
 
-def test_consistency_learns_the_distribution():
-    data, student, setup = setup_of(LINE)
+@pytest.mark.parametrize("mixture", [LINE, PLANE])
+def test_consistency_learns_the_distribution(mixture):
+    data, student, setup = setup_of(mixture)
     train(setup, "velocity", 150, 4e-3)
     train(setup, "consistency", 500, 2e-3, teacher_substeps=4)
     assert_learnt(student, data, within=0.2, sampler="renoise")
