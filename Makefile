@@ -24,11 +24,14 @@ demo: setup
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python benchmarks/quality.py --student outputs/tiny/student --guidance_scale_2 2 \
 		--count 128 --no_features
 
-test: setup
+test: setup .venv/quantised/torchao
 	@sh tests/install_chromium.sh
 	$(BIN)/python -m pytest
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/quantised torchao==0.18.0
 	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/test_quantised.py
+
+# Where those tests alone find it: it talks at every start of a program that could use it.
+.venv/quantised/torchao: .venv/installed
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/quantised torchao==0.18.0
 
 # Every fault of docs/reliability.md, also those that `make test` has no time for.
 test-faults: setup

@@ -299,6 +299,7 @@ def train_phase(run: Run, number: int, phase: Phase, resumed: Resumed | None) ->
         """All ranks: each draws its share of the pictures."""
         if not run.sampler or not (plan.is_sampling_step(run.step) or run.step == run.progress.total_steps):
             return
+        run.nonfinite.look()  # so that what is queued still counts as training
         with run.progress.paused(), run.shipped_weights():
             round_ = student_round(run.config, plan, run.step, number)
             student = run.setup.as_field(run.setup.network, run.setup.dtype)

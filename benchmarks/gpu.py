@@ -15,6 +15,7 @@ one layer, and stands in a temporary folder. All times are medians of warm runs.
 """
 
 import argparse
+import gc
 import sys
 import tempfile
 import time
@@ -193,8 +194,8 @@ def training_steps(
         ]  # fmt: skip
         for objective in objectives:
             watch = training.measure(objective, count, flags, Path(folder) / objective)
-            steps, alone = watch.medians()
-            peak = f"{steps / alone:.3f} | {peak_cells(objective, flags, Path(folder) / f'{objective}_peak', device)}"
+            steps, alone, ratio = watch.medians()
+            peak = f"{ratio:.3f} | {peak_cells(objective, flags, Path(folder) / f'{objective}_peak', device)}"
             lines.append(f"| {objective} | {steps:.3f} | {alone:.3f} | {peak} |")
     return "\n".join(lines)
 
@@ -206,6 +207,7 @@ def peak_cells(objective: str, flags: list[str], folder: Path, device: torch.dev
     planned = make_plan(config, ranks).memory.peak - CUDA_BYTES
     if device.type != "cuda":
         return f"not measured | {planned / 1e9:.2f} | "
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     training.train(config)

@@ -142,7 +142,7 @@ def train_text_encoder(
 
 def drawn(landscapes: list[Landscape], work: Path) -> np.ndarray:
     """A picture of each, (N, H, W, 3) uint8."""
-    path = work / "pictures.npy"
+    path = work / f"pictures_{len(landscapes)}.npy"
     if not path.exists():
         rng = random.Random(1)
         np.save(path, np.stack([np.asarray(draw(one, rng)) for one in tqdm(landscapes, desc="drawing")]))

@@ -155,16 +155,7 @@ class OptimizationConfig:
     attention_backend: str = setting(
         "auto",
         "of self-attention in student and teacher, by Diffusers' names; auto: PyTorch's choice",
-        choices=(
-            "auto",
-            "native",
-            "_native_cudnn",
-            "_native_flash",
-            "_native_efficient",
-            "flash",
-            "_flash_3",
-            "xformers",
-        ),
+        choices=("auto", "native", "_native_cudnn", "_native_flash", "_native_efficient"),
     )
     mixed_precision: str = setting("no", "alone: bf16", choices=("no", "fp16", "bf16"), bare="bf16")
     student_sharding: str = setting(

@@ -24,7 +24,12 @@ class Batches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         indices = next(self.prompts)
-        batch = self._coming.popleft().result() if self._coming else self.text.batch(indices)
+        expected, coming = self._coming.popleft() if self._coming else (None, None)
+        if expected != indices:  # nothing was read ahead, or `prompts` has been set elsewhere since
+            self._coming.clear()
+            coming = self._reader.submit(self.text.batch, indices)
+        batch = coming.result()
         for i in range(len(self._coming), self.ahead):
-            self._coming.append(self._reader.submit(self.text.batch, self.prompts.peek(i)))
+            further = self.prompts.peek(i)
+            self._coming.append((further, self._reader.submit(self.text.batch, further)))
         return batch

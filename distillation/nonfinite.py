@@ -1,5 +1,5 @@
-"""Updates that were left out because a gradient was not finite. Whether one was is known on the GPU; the host asks a
-step later, when the answer has long been there, so that it never waits."""
+"""Updates that were left out because a gradient was not finite. Whether one was is known on the GPU. The host asks when
+it has queued the step behind, so that the GPU always has work; it is never more than a step ahead."""
 
 from collections.abc import Callable
 from typing import NamedTuple

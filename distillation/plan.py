@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +24,7 @@ from models.flow import TimeGrid, few_step_grid
 from models.folding import MAX_SEQUENCE_LENGTH
 from models.quantised import check_quantiser
 from models.student import StudentSpec, read_student_config
-from models.teacher import TeacherInfo, check_weights, default_guidance, inspect_teacher, resolve_dtype
+from models.teacher import QUANTISED, TeacherInfo, check_weights, default_guidance, inspect_teacher, resolve_dtype
 from sampling.parallel import share
 
 ASSUMED_TOKENS = 128  # of a text, where no prompts are given
@@ -117,10 +118,6 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
     check_sharding(config, ranks)
     check_phases(phases, config)
     spec, dtype = read_spec(config, info), resolve_dtype(config.teacher.teacher_dtype, ranks.device)
-    if not config.run.dry_run:
-        trained_in = dtype if config.student.lora_rank else torch.float32
-        for used in {dtype, PRECISION[settings.mixed_precision] or trained_in}:
-            check_attention_backend(settings.attention_backend, ranks.device, used)
     sample_prompts = read_sample_prompts(config)
     guidance = default_guidance(info, config.teacher.guidance_scale, config.teacher.guidance_scale_2)
     shapes = shapes_of(info, spec, phases, config.student.student_steps, text_tokens([*prompts, *sample_prompts]))
@@ -132,6 +129,8 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
         check_lora(spec, info, config, placement.strategy)
     check_experts(phases, config, placement.strategy, info)
     check_quantised(info, config, placement.strategy, dtype)
+    if not config.run.dry_run:
+        check_attention(config, placement.strategy, ranks.device, dtype)
     memory = memory_of(shapes, layout)
     if not config.run.dry_run:
         check_memory(memory, info, ranks.device)
@@ -187,6 +186,14 @@ def named(phases: tuple[Phase, ...]) -> Iterator[tuple[str, Phase]]:
         yield f"[[phase]] {number}, {phase.objective}" if len(phases) > 1 else f"--objective {phase.objective}", phase
 
 
+def check_attention(config: Config, strategy: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError where --attention_backend does not work for the teacher, wherever it runs, or the student."""
+    settings = config.optimization
+    trained_in = PRECISION[settings.mixed_precision] or (dtype if config.student.lora_rank else torch.float32)
+    for where, used in {(device, trained_in), (torch.device("cpu") if strategy == "cpu" else device, dtype)}:
+        check_attention_backend(settings.attention_backend, where, used)
+
+
 def check_8bit_adam(device: torch.device) -> None:
     if device.type != "cuda":
         raise UserError(f"--use_8bit_adam: needs an NVIDIA GPU, and this run is on {device.type}; leave it out")
@@ -233,12 +240,18 @@ def check_trained_experts(where: str, strategy: str, storage_dtype: str, info: T
 
 def check_quantised(info: TeacherInfo, config: Config, strategy: str, dtype: torch.dtype) -> None:
     """Raises UserError where a quantised teacher is to be where its weights cannot go, or cannot be read here."""
+    text_encoder = json.loads((info.folder / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+    if text_encoder.get(QUANTISED):
+        raise UserError(
+            f"--teacher_path {info.name}: text_encoder is quantised; accepted is one in ordinary numbers, also beside "
+            "quantised transformers: it leaves memory before training"
+        )
     if not info.quantised:
         return
-    if strategy not in ("replicate", "cpu"):
+    if strategy != "replicate":
         raise UserError(
             f"--teacher_device_strategy {strategy}: moves weights, and those of --teacher_path {info.name} are "
-            "quantised; accepted: replicate, where it fits, or cpu"
+            "quantised; accepted: replicate, where it fits"
         )
     if config.teacher.teacher_storage_dtype != "auto":
         raise UserError(

@@ -96,9 +96,10 @@ class Progress:
 
     def state_dict(self) -> dict:
         """This rank's own figures since the last row, and what all ranks have alike."""
-        sums = {key: float(value) for key, value in self._sums.items()}
+        counts = {key: int(n) for key, n in self._counts.items() if n}  # none: all that it was to tell was skipped
+        sums = {key: float(self._sums[key]) for key in counts}
         shared = {"skipped": self.skipped, "nonfinite_steps": self.nonfinite_steps}
-        return shared | {"steps": self._steps, "sums": sums, "counts": {key: int(n) for key, n in self._counts.items()}}
+        return shared | {"steps": self._steps, "sums": sums, "counts": counts}
 
     def load_state_dict(self, state: dict, step: int) -> None:
         """Go on after `step`."""

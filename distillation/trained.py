@@ -113,7 +113,9 @@ class Trained:
         for i, weights in state["weights"].items():
             self.parameters[int(i)].copy_(cut_like(weights, self.parameters[int(i)]))
         moments = {int(i): cut_moments(moment, self.parameters[int(i)]) for i, moment in state["moments"].items()}
-        self.optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
+        here = {key: self.optimizer.defaults[key] for key in ("fused", "foreach") if key in self.optimizer.defaults}
+        groups = [group | here for group in state["param_groups"]]  # of how it steps on this machine, not on that one
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.scaler.load_state_dict(state["scaler"])
 

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
+from config.config import load_config
 from config.errors import UserError
+from distillation import plan
+from distillation.objective import settings_of
 from models.attention import check_attention_backend, use_attention_backend
 from models.folding import fold_text
 from models.teacher import load_transformer
@@ -18,27 +21,41 @@ def test_the_kernel_asked_for_computes_all_self_attention_and_nothing_else(rando
     given = torch.randn(2, 16, 1, 4, 6), torch.full((2,), 500.0), text
     with torch.no_grad():
         expected = transformer(*given, return_dict=False)[0]
-        calls, (name, kernel) = (
-            [],
-            next(
-                (name, kernel) for name, kernel in _AttentionBackendRegistry._backends.items() if name == "_native_math"
-            ),
-        )
-        monkeypatch.setitem(
-            _AttentionBackendRegistry._backends, name, lambda *a, **k: calls.append(a) or kernel(*a, **k)
-        )
+        calls, backends, math = [], _AttentionBackendRegistry._backends, AttentionBackendName._NATIVE_MATH
+        kernel = backends[math]
+        monkeypatch.setitem(backends, math, lambda *args, **kwargs: calls.append(args) or kernel(*args, **kwargs))
         use_attention_backend("_native_math", transformer)
         torch.testing.assert_close(transformer(*given, return_dict=False)[0], expected)
         assert len(calls) == len(transformer.blocks)
 
 
 def test_what_does_not_work_here_is_one_line():
-    with pytest.raises(
-        UserError, match=r"--attention_backend xformers: does not work here .*install `xformers"
-    ) as told:
-        check_attention_backend("xformers", CPU, torch.float32)
-    assert "\n" not in str(told.value)
-    with pytest.raises(UserError, match="_native_cudnn"):
+    with pytest.raises(UserError, match="--attention_backend _native_cudnn: does not work here .*native") as told:
         check_attention_backend("_native_cudnn", CPU, torch.float32)
+    assert "\n" not in str(told.value)
     check_attention_backend("_native_math", CPU, torch.bfloat16)
     check_attention_backend("auto", CPU, torch.float32)
+
+
+def test_it_must_work_wherever_the_teacher_is():
+    """Also where that is the CPU, beside a student on a GPU; here, beside one that is nowhere."""
+    config = load_config(
+        [
+            "--teacher_path",
+            "t",
+            "--data_path",
+            "data/scene_prompts.txt",
+            "--num_steps",
+            "1",
+            "--attention_backend",
+            "_native_cudnn",
+        ],
+        settings_of,
+    )
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "check_attention_backend", lambda *given: asked.append(given))
+        plan.check_attention(config, "cpu", torch.device("cuda", 0), torch.bfloat16)
+    assert set(asked) == {
+        ("_native_cudnn", torch.device("cuda", 0), torch.float32), ("_native_cudnn", CPU, torch.bfloat16)
+    }  # fmt: skip

@@ -112,3 +112,12 @@ def test_a_batch_that_cannot_be_read_is_told_when_it_is_asked_for():
     next(batches)
     with pytest.raises(OSError, match="disk gone"):
         next(batches)
+
+
+def test_what_was_read_ahead_is_dropped_where_the_prompts_go_on_elsewhere():
+    prompts, plain = PromptSampler(7, 2, 0, 1, seed=3), PromptSampler(7, 2, 0, 1, seed=3)
+    batches = Batches(Text(), prompts, ahead=2)
+    next(batches)
+    prompts.load_state_dict({"consumed": 10, "num_prompts": 7})
+    plain.load_state_dict({"consumed": 10, "num_prompts": 7})
+    assert [next(batches) for _ in range(4)] == [next(plain) for _ in range(4)]

@@ -1,6 +1,7 @@
 """Gradients that are not finite: nothing learns from them, on any rank, and somebody is told."""
 
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from config.config import OptimizationConfig, Phase
 from data.prompt_embeddings import Batch
 from distillation.nonfinite import NonFinite, Skipped
 from distillation.objective import Objective
+from distillation.progress import Progress
 from distillation.trained import Trained
 from distributed.process_group import Ranks
 from tests.ranks import run_ranks
@@ -119,3 +121,35 @@ def test_steps_are_those_of_clipped_gradients(scale):
         adamw.step()
         adamw.zero_grad()
         assert all(map(torch.allclose, network.parameters(), other.parameters()))
+
+
+def test_a_checkpoint_of_another_machine_goes_on_with_this_one_s_adamw():
+    """Where it was made, AdamW may not have been the fused one, which knows how to leave out a step."""
+    phase = Phase("toy", 5, 0.1, "constant", 0, {})
+    there, here = (Trained(nn.Linear(2, 1), OptimizationConfig(), phase, ALONE) for _ in range(2))
+    there.network(torch.ones(1, 2)).sum().backward()
+    there.step()
+    state = copy.deepcopy(there.state_dict(with_weights=True))
+    state["param_groups"] = [group | {"fused": None} for group in state["param_groups"]]
+    here.load_state_dict(state)
+    for trained in (there, here):
+        trained.network(torch.ones(1, 2)).sum().backward()
+        trained.step()
+    assert all(map(torch.equal, here.network.parameters(), there.network.parameters()))
+
+
+def test_figures_of_skipped_updates_do_not_break_the_row_after_a_resume(tmp_path):
+    """The fake score's update was skipped; after the resume another one's turn has come."""
+
+    def progress(folder):
+        trackers = SimpleNamespace(log=lambda step, row: None)
+        return Progress(folder / "metrics.jsonl", 4, 2, 8, ALONE, trackers)
+
+    before, after = progress(tmp_path), progress(tmp_path)
+    one = {"student": SimpleNamespace(learning_rate=0.1)}
+    skipped = {"loss": torch.tensor(1.0), "fake_loss": torch.tensor(torch.nan)}
+    before.advance(1, 1, 1, "dmd", skipped, one, ends_phase=False)
+    after.load_state_dict(before.state_dict(), 1)
+    after.advance(2, 1, 1, "dmd", {"loss": torch.tensor(3.0)}, one, ends_phase=False)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row["loss"] == 2.0 and "fake_loss" not in row

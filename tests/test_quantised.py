@@ -110,3 +110,13 @@ def test_a_quantiser_that_is_not_here_is_one_line(quantised, tmp_path):
     with pytest.raises(UserError, match="transformer: quantised by bitsandbytes, which does not work here: .*") as told:
         go(ALONE, folder, tmp_path, "out", "--objective", "velocity")
     assert "\n" not in str(told.value)
+
+
+def test_a_quantised_text_encoder_is_refused(quantised, tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(quantised, folder)
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "torchao"}}))
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    with pytest.raises(UserError, match="text_encoder is quantised"):
+        go(ALONE, folder, tmp_path, "out", "--objective", "velocity")

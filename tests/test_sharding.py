@@ -188,15 +188,16 @@ def _parts(ranks: Ranks, folder: Path) -> dict:
         gradients_of[travel] = whole(student.proj_out.weight.grad) if student.proj_out.weight.grad is not None else None
     student.zero_grad()
     phase = Phase("toy", 5, 0.1, "constant", 0, {})
-    # fp16 for its loss scaler; nothing computes in it here.
-    trained = Trained(student, OptimizationConfig(mixed_precision="fp16"), phase, ranks, wrapped)
     steps = []
-    for spoilt in (1, None):  # the rank whose loss is not finite
-        loss = wrapped(latents, t, text, return_dict=False)[0].square().mean()
-        trained.scaler.scale(loss * (torch.inf if ranks.rank == spoilt else 1)).backward()
-        _, updated = trained.step()
-        changed = not torch.equal(whole(student.proj_out.weight.detach()), before["proj_out.weight"])
-        steps.append((updated, changed, trained.scaler.get_scale()))
+    for precision in ("fp16", "no"):  # fp16 for its loss scaler; nothing computes in it here
+        trained = Trained(student, OptimizationConfig(mixed_precision=precision), phase, ranks, wrapped)
+        for spoilt in (1, None):  # the rank whose loss is not finite
+            was = whole(student.proj_out.weight.detach()).clone()
+            loss = wrapped(latents, t, text, return_dict=False)[0].square().mean()
+            trained.scaler.scale(loss * (torch.inf if ranks.rank == spoilt else 1)).backward()
+            _, updated = trained.step()
+            changed = not torch.equal(whole(student.proj_out.weight.detach()), was)
+            steps.append((bool(updated), changed, trained.scaler.get_scale()))
     weights = whole_weights(twin)
     return {
         "steps": steps,
@@ -211,7 +212,8 @@ def _parts(ranks: Ranks, folder: Path) -> dict:
 def test_hybrid_meshes_copies_gradients_that_wait_and_steps_that_are_skipped(random_pipeline_dir):
     first, second = run_ranks(_parts, 2, random_pipeline_dir, limit=300)
     assert first["hybrid_mesh"] == [[0], [1]]
-    assert first["steps"] == second["steps"] == [(False, False, 2.0**15), (True, True, 2.0**15)]
+    expected = [(False, False, 2.0**15), (True, True, 2.0**15), (False, False, 1.0), (True, True, 1.0)]
+    assert first["steps"] == second["steps"] == expected
     assert first["waits"] and second["waits"], "between nodes gradients travel with the last micro-batch"
     assert first["gradient"] == second["gradient"]
     assert first["twin_is_untouched"] and first["rank_0_has_it"] > 50 and not second["rank_0_has_it"]
