@@ -1,8 +1,8 @@
 """Another teacher in the same layout, of other pictures: recipes must not be fitted to the embedded one's scenes.
 
-    python benchmarks/landscapes.py            # outputs/landscapes: teacher/, prompts.txt, held_out.txt, student.json
+    python benchmarks/landscapes.py            # writes a teacher, prompts and a student config to outputs/landscapes
 
-Hills or mountains under a sky with a sun or a moon, drawn and trained on in a quarter of an hour on two cores, by the
+Hills or mountains under a sky with a sun or a moon, drawn and trained on in half an hour on two cores, by the
 code that made the embedded teacher: the same VAE, a text encoder and tokenizer of its own, and two smaller experts.
 docs/quality.md says how to distil it.
 """
@@ -173,7 +173,7 @@ def make(output: Path, steps: dict[str, int], bank: int) -> None:
         experts[-1].load_state_dict(base.state_dict())
         train_transformer(name, experts[-1], *shared, t_range, steps[name], 1e-3, work, with_text_encoder=False)
     assemble(output / "teacher", tokenizer, text_encoder, vae, *experts)
-    for name, landscapes in {"prompts": known, "held_out": held_out}.items():
+    for name, landscapes in {"prompts": known, "held_out": held_out, "sample_prompts": held_out[:8]}.items():
         (output / f"{name}.txt").write_text("".join(f"{one.caption}\n" for one in landscapes))
     (output / "student.json").write_text(json.dumps({"height": SIZE, "width": SIZE}) + "\n")
 
