@@ -206,7 +206,7 @@ def test_another_teacher_in_the_same_layout(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(landscapes, "STEPS", steps)
     landscapes.main(["--output", str(tmp_path), "--bank", "64"])
     known, held_out = ((tmp_path / f"{name}.txt").read_text().splitlines() for name in ("prompts", "held_out"))
-    assert not set(known) & set(held_out) and len(set(known)) == len(known) == 1200
+    assert not set(known) & set(held_out) and len(set(known)) == len(known) == 800
     (tmp_path / "few.txt").write_text("\n".join(held_out[:2]))
     size = ["--prompts", str(tmp_path / "few.txt"), "--teacher_steps", "1", "--threads", "1", "--no_features"]
     quality.main(["--teacher", str(tmp_path / "teacher"), *size, "--height", "64", "--width", "64"])
@@ -215,16 +215,14 @@ def test_another_teacher_in_the_same_layout(tmp_path, monkeypatch, capsys):
     assert not any(tokenizer.unk_token_id in ids for ids in tokenizer([*known, *held_out]).input_ids)
 
 
-@pytest.mark.parametrize(
-    "field, other", [("sky", "pink"), ("ground", "white"), ("ridge", "mountains"), ("disc", "sun")]
-)
+@pytest.mark.parametrize("field, other", [("sky", "pink"), ("ground", "red"), ("ridge", "mountains"), ("disc", "sun")])
 def test_a_landscape_shows_what_its_caption_says(field, other):
     one = landscapes.Landscape("green", "plains", "blue", "large", "moon", "high", "on the left")
     assert one.caption == "green plains under a blue sky with a large moon high on the left"
     another = one._replace(**{field: other})
     pictures = [np.asarray(landscapes.draw(which, random.Random(0)), dtype=int) for which in (one, another)]
     changed = np.abs(pictures[0] - pictures[1]).max(2) > 20
-    where = {"sky": changed[:8, 40:], "ground": changed[-6:], "ridge": changed[28:52], "disc": changed[6:18, 6:20]}
+    where = {"sky": changed[:8, 40:], "ground": changed[-6:], "ridge": changed[36:56], "disc": changed[8:18, 8:18]}
     assert where[field].mean() > 0.2
 
 
