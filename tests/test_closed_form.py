@@ -241,11 +241,11 @@ def test_trajectory_by_halving_learns_the_distribution():
     assert_learnt(student, data, within=0.12)
 
 
-@pytest.mark.parametrize("mixture", [LINE, PLANE])
-def test_consistency_learns_the_distribution(mixture):
+@pytest.mark.parametrize("mixture, steps, rate", [(LINE, (150, 500), (4e-3, 2e-3)), (PLANE, (300, 600), (8e-3, 8e-3))])
+def test_consistency_learns_the_distribution(mixture, steps, rate):
     data, student, setup = setup_of(mixture)
-    train(setup, "velocity", 150, 4e-3)
-    train(setup, "consistency", 500, 2e-3, teacher_substeps=4)
+    train(setup, "velocity", steps[0], rate[0])
+    train(setup, "consistency", steps[1], rate[1], teacher_substeps=4)
     assert_learnt(student, data, within=0.2, sampler="renoise")
 
 
