@@ -18,8 +18,6 @@ import argparse
 import gc
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -39,6 +37,7 @@ from benchmarks import training
 from benchmarks.arguments import at_least_one
 from benchmarks.sampling import alone_on, compare_batches, draw_round, load_student
 from benchmarks.shapes import TEACHERS, write_shapes
+from benchmarks.timing import clock
 from config.errors import UserError
 from data.scenes import random_scenes
 from distillation.memory import CUDA_BYTES
@@ -60,22 +59,6 @@ TEXT_TOKENS = 120
 PRODUCT = {"cuda": 8192, "cpu": 1024}  # rows and columns of the matrix product that all is compared with
 SPARE_MEMORY = 0.9  # of what is free, for one expert
 STEPS, TEACHER_STEPS, PICTURES = 4, 40, 8
-
-
-def clock(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds; the median of warm runs."""
-    seconds = []
-    for _ in range(repeats + 2):
-        started = now(device)
-        work()
-        seconds.append(now(device) - started)
-    return median(seconds[2:])
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def product_flops(device: torch.device, dtype: torch.dtype, repeats: int) -> float:

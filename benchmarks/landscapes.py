@@ -28,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
+from benchmarks.arguments import at_least_one
 from data.scenes import PALETTE
 from models.folding import fold_text_attention, fold_time
 from models.tiny_wan import (
@@ -146,7 +147,7 @@ def drawn(landscapes: list[Landscape], work: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def make(output: Path, steps: dict[str, int], bank: int) -> None:
+def make(output: Path, bank: int) -> None:
     """All stages, each skipped where its result is there already."""
     work = output / "making"
     work.mkdir(parents=True, exist_ok=True)
@@ -162,13 +163,13 @@ def make(output: Path, steps: dict[str, int], bank: int) -> None:
     train_text_encoder(text_encoder, tokens, shown, work)
     base = fold_text_attention(WanTransformer3DModel(**TRANSFORMER_HERE))
     shared = (text_encoder, tokens, latents)
-    train_transformer("base", base, *shared, (0.0, 1.0), steps["base"], 1.5e-3, work, with_text_encoder=True)
+    train_transformer("base", base, *shared, (0.0, 1.0), STEPS["base"], 1.5e-3, work, with_text_encoder=True)
     text_encoder.requires_grad_(False).eval()
     experts = []
     for name, t_range in {"high": (BOUNDARY_RATIO, 1.0), "low": (0.0, BOUNDARY_RATIO)}.items():
         experts.append(fold_text_attention(WanTransformer3DModel(**TRANSFORMER_HERE)))
         experts[-1].load_state_dict(base.state_dict())
-        train_transformer(name, experts[-1], *shared, t_range, steps[name], 1e-3, work, with_text_encoder=False)
+        train_transformer(name, experts[-1], *shared, t_range, STEPS[name], 1e-3, work, with_text_encoder=False)
     assemble(output / "teacher", tokenizer, text_encoder, vae, *experts)
     for name, landscapes in {"prompts": known, "held_out": held_out, "sample_prompts": held_out[:8]}.items():
         (output / f"{name}.txt").write_text("".join(f"{one.caption}\n" for one in landscapes))
@@ -178,10 +179,9 @@ def make(output: Path, steps: dict[str, int], bank: int) -> None:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("outputs/landscapes"))
-    parser.add_argument("--steps", type=json.loads, default={}, help="e.g. '{\"base\": 5000}'")
-    parser.add_argument("--bank", type=int, default=BANK, help="pictures to learn from")
+    parser.add_argument("--bank", type=at_least_one, default=BANK, help=f"pictures to learn from ({BANK})")
     args = parser.parse_args(argv)
-    make(args.output, STEPS | args.steps, args.bank)
+    make(args.output, args.bank)
 
 
 if __name__ == "__main__":

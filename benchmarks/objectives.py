@@ -72,18 +72,22 @@ def teacher_forwards(name: str) -> int:
     return round(total)
 
 
+def in_paths(name: str) -> str:
+    return name.replace(", ", "_").replace(" ", "_")
+
+
 def flags_of(name: str, folder: Path) -> list[str]:
     """Writes the recipe into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     steps, phases = RECIPES[name]
-    recipe = folder.resolve() / f"{name.replace(', ', '_').replace(' ', '_')}.toml"
+    recipe = folder.resolve() / f"{in_paths(name)}.toml"
     recipe.write_text(BASE.read_text().partition("[[phase]]")[0] + "\n".join(map(as_toml, phases)))
     return ["--config", str(recipe), "--student_steps", str(steps), "--no_save_samples"]
 
 
 def train(name: str, seed: int, folder: Path) -> Path:
     """The student's folder; trained now unless it is there."""
-    home = folder / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
+    home = folder / f"{in_paths(name)}_{seed}"
     if (home / "student" / "model_index.json").is_file():
         return home / "student"
     threads = max(1, (os.cpu_count() or 1) // RANKS)

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +38,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from PIL import Image
 
 from benchmarks.arguments import at_least_one
+from benchmarks.timing import alternate
 from config.errors import UserError
 from data.scenes import random_scenes
 from distributed.process_group import Ranks, barrier, destroy, gather_objects, init_process_group
@@ -84,12 +84,6 @@ def extra_cost(what: str, a: list[float], b: list[float], bar: float) -> Compari
     """What a takes beyond b, as a share of a."""
     cost = 1 - median(b) / median(a)
     return Comparison(what, median(a), median(b), f"{cost:.1%}", f"≤ {bar:.0%}", cost <= bar)
-
-
-def alternate(sides: list[Callable[[], float]], repeats: int) -> list[list[float]]:
-    """Each side's seconds, `repeats` times in turn, after one unmeasured turn."""
-    turns = [[side() for side in sides] for _ in range(repeats + 1)]
-    return [list(seconds) for seconds in zip(*turns[1:], strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------ what is drawn

@@ -10,7 +10,6 @@ score are made once more, forwards and backwards and nothing else. Further flags
 import argparse
 import sys
 import tempfile
-import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 
 import train_distillation
 from benchmarks.arguments import at_least_one
+from benchmarks.timing import now
 from config.config import Config, load_config
 from config.errors import UserError
 from data.batches import Batches
@@ -49,13 +49,13 @@ class Watch:
     def between_steps(self) -> None:
         """Called as a step begins: the one before is over."""
         if self.calls:
-            self.steps.append(self.now() - self.began)
+            self.steps.append(now(self.device) - self.began)
             self.alone.append(self.call_again())
             self.calls.clear()
-        self.began = self.now()
+        self.began = now(self.device)
 
     def call_again(self) -> float:
-        started = self.now()
+        started = now(self.device)
         for velocity, given, with_gradient in self.calls:
             with torch.set_grad_enabled(with_gradient):
                 v = ask(velocity, *given)
@@ -63,18 +63,13 @@ class Watch:
                 v.backward(torch.ones_like(v))
                 for parameter in velocity.transformer.parameters():
                     parameter.grad = None
-        return self.now() - started
+        return now(self.device) - started
 
     def medians(self) -> tuple[float, float, float]:
         """Seconds of a step, and of its network calls alone, when warm; and the ratio of the two, step by step: dmd's
         differ."""
         steps, alone = self.steps[WARM_UP:], self.alone[WARM_UP:]
         return median(steps), median(alone), median(a / b for a, b in zip(steps, alone, strict=True))
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 ask = WanVelocity.__call__  # the one door to every network

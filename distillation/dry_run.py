@@ -14,6 +14,7 @@ from distillation.fit import Fit, fitting
 from distillation.memory import SPARE, Memory, Row, Shapes, total
 from distillation.plan import Plan, describe, gpu_memory, make_plan
 from distributed.process_group import Ranks
+from models.quantised import stored_bytes
 from models.teacher import TeacherInfo
 
 COLUMNS = ("weights", "gradients", "optimizer", "EMA", "activations", "temporary", "total")
@@ -74,12 +75,12 @@ def stored(folder: Path, expected: int | None) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         return "not there yet"
-    size, count = sum(file.stat().st_size for file in files), 0
+    count = 0
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     missing = f" ({count:,} of {expected:,} parameters)" if expected not in (None, count) else ""
-    return f"{size / 1e9:.3g} GB{missing}"
+    return f"{stored_bytes(folder) / 1e9:.3g} GB{missing}"
 
 
 # ---------------------------------------------------------------------------------------------- tables

@@ -96,12 +96,6 @@ def _hash(texts: list[str]) -> str:
 def make_plan(config: Config, ranks: Ranks) -> Plan:
     """Read what the flags name and work out the run. Raises UserError for what a user can put right."""
     settings = config.optimization
-    if settings.mixed_precision == "fp16" and ranks.device.type == "cpu":
-        raise UserError("--mixed_precision fp16: a CPU cannot train in fp16; accepted here: no, bf16")
-    if settings.use_8bit_adam and not config.run.dry_run:
-        check_8bit_adam(ranks.device)
-    if settings.compile and not config.run.dry_run:
-        check_compiler(ranks.device)
     info = inspect_teacher(config.teacher.teacher_path, config.teacher.teacher_revision, config.teacher.flow_shift)
     if not config.run.dry_run:
         check_weights(info)
@@ -129,11 +123,9 @@ def make_plan(config: Config, ranks: Ranks) -> Plan:
         check_lora(spec, info, config, placement.strategy)
     check_experts(phases, config, placement.strategy, info)
     check_quantised(info, config, placement.strategy, dtype)
-    if not config.run.dry_run:
-        check_attention(config, placement.strategy, ranks.device, dtype)
     memory = memory_of(shapes, layout)
     if not config.run.dry_run:
-        check_memory(memory, info, ranks.device)
+        check_machine(config, placement.strategy, memory, info, ranks.device, dtype)
     return Plan(
         info=info,
         spec=spec,
@@ -184,6 +176,21 @@ def named(phases: tuple[Phase, ...]) -> Iterator[tuple[str, Phase]]:
     """Each phase with what errors call it."""
     for number, phase in enumerate(phases, 1):
         yield f"[[phase]] {number}, {phase.objective}" if len(phases) > 1 else f"--objective {phase.objective}", phase
+
+
+def check_machine(
+    config: Config, strategy: str, memory: Memory, info: TeacherInfo, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raises UserError for what this machine cannot do."""
+    settings = config.optimization
+    if settings.mixed_precision == "fp16" and device.type == "cpu":
+        raise UserError("--mixed_precision fp16: a CPU cannot train in fp16; accepted here: no, bf16")
+    if settings.use_8bit_adam:
+        check_8bit_adam(device)
+    if settings.compile:
+        check_compiler(device)
+    check_attention(config, strategy, device, dtype)
+    check_memory(memory, info, device)
 
 
 def check_attention(config: Config, strategy: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -126,5 +126,5 @@ def refine_grid(grid: TimeGrid, substeps: int, shift: float) -> TimeGrid:
         sigmas.append(grid.sigmas[k])
         for j in range(1, substeps):
             between = u[k] + (u[k + 1] - u[k]) * j / substeps
-            sigmas.append(shift * between / (1 + (shift - 1) * between))
+            sigmas.append(shift_time(between, shift))
     return TimeGrid((*sigmas, grid.sigmas[-1]), tuple(sigmas))
