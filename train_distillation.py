@@ -320,8 +320,11 @@ def train_phase(run: Run, number: int, phase: Phase, resumed: Resumed | None) ->
         run.checkpoints.check()
         run.nonfinite.add(run.step, outcome)
         # All ranks look, and see the same.
-        noise = Noise(run.config.run.seed, ranks.rank, run.step, LOOKING, 0, plan.latent_shape, ranks.device)
-        remark = objective.look(run.step, batches[0], noise, mean_over_ranks)
+        looked_at = (
+            (batch, Noise(run.config.run.seed, ranks.rank, run.step, LOOKING, i, plan.latent_shape, ranks.device))
+            for i, batch in enumerate(batches)
+        )
+        remark = objective.look(run.step, looked_at, mean_over_ranks)
         if remark:
             run.progress.say(remark.words)
         if remark and remark.ends_phase:

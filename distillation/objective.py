@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -79,9 +79,10 @@ class Noise:
     def permutation(self, n: int) -> Tensor:
         return torch.randperm(n, generator=self._generator, device=self.device)
 
-    def choice_alike(self, n: int) -> int:
-        """One of 0 … n − 1, the same on all ranks: where networks are sharded, all must run the same forwards."""
-        return int(torch.randint(n, (), generator=self._alike))
+    def choice_alike(self, weights: list[float]) -> int:
+        """An index of `weights`, as often as its weight says. The same on all ranks: where networks are sharded, all
+        must run the same forwards."""
+        return int(torch.multinomial(torch.tensor(weights, dtype=torch.float64), 1, generator=self._alike))
 
     def uniform(self, n: int) -> Tensor:
         """(n,) evenly spread over [0, 1): one in each nth of it, in random order, which is less noisy than n draws."""
@@ -147,14 +148,14 @@ class Remark(NamedTuple):
 class Objective:
     """A loss, and the networks and schedule that go with it. Knows nothing of ranks."""
 
+    trains_experts = False  # whether its networks are the teacher's experts or copies, which must be on the device then
+
     def __init__(self, setup: Setup, settings) -> None:
         self.setup, self.settings = setup, settings
 
     def networks(self) -> dict[str, nn.Module]:
         """Networks trained besides the student."""
         return {}
-
-    trains_experts = False  # whether its networks are the teacher's experts or copies, which must be on the device then
 
     @staticmethod
     def check(settings, student_steps: int, steps: int) -> None:
@@ -194,11 +195,13 @@ class Objective:
         """How many of the phase's first steps train other networks alone: the student's learning rate waits."""
         return 0
 
-    def look(self, step: int, batch: Batch, noise: Noise, mean: Callable[[Tensor], Tensor]) -> "Remark | None":
+    def look(
+        self, step: int, batches: Iterable[tuple[Batch, Noise]], mean: Callable[[Tensor], Tensor]
+    ) -> Remark | None:
         """Called after each step: something to say of the student, or the end of the phase.
 
         Args:
-            batch, noise: the step's first micro-batch, to look at the student with.
+            batches: the step's micro-batches, to look at the student with, each with new noise.
             mean: of a tensor over all ranks, so that all decide alike. If one rank calls it, all must.
         """
         return None
@@ -247,7 +250,7 @@ def check_updates(updates: int, count: int, what: str) -> None:
 def distance(prediction: Tensor, target: Tensor, huber_c: float) -> Tensor:
     """Mean squared error, or, for c > 0, the mean over all elements of pseudo-Huber √(e² + c²) − c.
 
-    Pseudo-Huber: Song & Dhariwal 2023, eq. 8; elementwise as latent consistency models have it.
+    Pseudo-Huber: Song & Dhariwal 2023; elementwise as latent consistency models have it.
     """
     error = prediction - target
     if huber_c == 0.0:

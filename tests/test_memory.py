@@ -19,7 +19,7 @@ from models.flow import few_step_grid
 from models.folding import fold_text, fold_text_attention
 from models.sizes import LiveBytes, WanSize, folded_length, measure, text_size, vae_bytes, wan_size
 from models.student import build_student, read_student_config
-from models.teacher import inspect_teacher, load_text_pipeline, load_transformer
+from models.teacher import Expert, Teacher, inspect_teacher, load_text_pipeline, load_transformer
 from models.vae import decode, load_vae
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -226,6 +226,37 @@ def test_an_objective_asks_for_the_work_that_it_announces(name, settings, monkey
     assert student.without + sum(c.without for c in copies) == planned.drawn * batch_size
     assert teacher.without == planned.guided * batch_size and teacher.with_gradient == 0
     assert len(objective.schedule(0)) == planned.updates
+
+
+@pytest.mark.parametrize("anchor_weight", [0.0, 0.5])
+def test_dmd_asks_for_the_work_that_it_announces(anchor_weight, monkeypatch):
+    """Over many steps: it exits at random ones, and looks at contrast now and then."""
+    for place in ("objective", "objectives.dmd", "objectives.trajectory"):
+        monkeypatch.setattr(f"distillation.{place}.read_text", lambda batch, like: torch.zeros(len(like), 1, 1))
+    student, steps, batch_size = Counting(), 400, 2
+    experts = [Counting() for _ in range(2)]
+    for expert in experts:
+        expert.transformer, expert.dtype = torch.nn.Linear(1, 1), torch.float32
+    teacher = Teacher(
+        [Expert(expert, 1.0, t) for expert, t in zip(experts, (0.875, 0.0), strict=True)], torch.ones(1, 4)
+    )
+    setup = Setup(teacher, student, few_step_grid(4, 3.0), 3.0, network=student)
+    settings = {"fake_score": "full", "fake_updates": 3, "contrast_every": 4, "contrast_stop": 9.0}
+    own_settings = vars(settings_of("dmd")(**settings, anchor_weight=anchor_weight))
+    objective = build_objective("dmd", setup, own_settings)
+    fakes = {name: Counting() for name in objective.networks()}
+    objective.use(fakes)
+    batch = Batch([0, 1], torch.zeros(batch_size, 3, 4), torch.ones(batch_size, 3, dtype=torch.bool))
+    for step in range(steps):
+        for update, network in enumerate(objective.schedule(step)):
+            objective.loss(network, batch, Noise(0, 0, step, update, latent_shape=(2, 1, 2, 2)))
+        objective.look(step + 1, [(batch, Noise(0, 0, step, 9, latent_shape=(2, 1, 2, 2)))], lambda tensor: tensor)
+    planned, latents = work("dmd", own_settings, 4), steps * batch_size
+    assert student.with_gradient == planned.trained * latents
+    assert sum(expert.without for expert in experts) == planned.guided * latents
+    assert sum(fake.with_gradient for fake in fakes.values()) == planned.fake_trained * latents
+    assert sum(fake.without for fake in fakes.values()) == planned.fake * latents
+    assert student.without == pytest.approx(planned.drawn * latents, rel=0.03)
 
 
 # ---------------------------------------------------------------------------------------------- layouts

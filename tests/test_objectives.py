@@ -282,10 +282,10 @@ def test_seeds_of_neighbours_have_nothing_in_common():
 
 def test_a_choice_is_alike_on_all_ranks_and_not_on_all_steps():
     def choices(rank: int, update: int = 0) -> list[int]:
-        return [Noise(1, rank, step, update).choice_alike(4) for step in range(40)]
+        return [Noise(1, rank, step, update).choice_alike([1, 1, 0, 2]) for step in range(40)]
 
     assert choices(0) == choices(3) != choices(0, update=1)
-    assert set(choices(0)) == {0, 1, 2, 3}
+    assert set(choices(0)) == {0, 1, 3} and choices(0).count(3) > 12
 
 
 def test_uniform_noise_covers_its_range_evenly():
@@ -347,11 +347,51 @@ def test_dmd_trains_each_expert_s_fake_score_by_its_share_of_the_times():
     plans = [objective.schedule(step) for step in range(100, 1100)]
     assert all(len(p) == 2 and "student" not in p for p in plans[:3])
     assert all(len(p) == 3 and p[2] == "student" and p[0] == p[1] for p in plans[3:])
-    # At shift 3 the boundary .875 lies at u = .7, of scores' u from .02 to .98.
+    # At shift 3 the boundary .875 lies at u = .7; the student's steps lead to u = .749, .5, .25 and 0, and are scored
+    # from .02 above that up to .98. All four are trained alike.
+    high = [1.0, *((0.98 - 0.7) / (0.98 - 0.02 - u) for u in (0.5, 0.25, 0.0))]
+    assert objective.shares[0] == pytest.approx(high, abs=1e-3)
+    assert objective.shares[1] == pytest.approx([1 - share for share in high], abs=1e-3)
     share = sum(p[0] == "fake_score" for p in plans) / len(plans)
-    assert share == pytest.approx((0.98 - 0.7) / 0.96, abs=0.01)
+    assert share == pytest.approx(sum(high) / 4, abs=0.01)
     # Before the shift: .7 is the boundary, .5 the level .75 that the second step leads to.
     for expert, level, expected in [(0, 0.0, (0.7, 0.98)), (1, 0.0, (0.02, 0.7)), (1, 0.75, (0.52, 0.7))]:
         assert objective._score_range(expert, level) == pytest.approx(expected, abs=1e-9)
     low, high = objective._score_range(1, 0.9)  # the first step leads beyond the low-noise expert's times
     assert low > high
+
+
+def test_dmd_looks_at_the_contrast_of_all_micro_batches(monkeypatch):
+    """Each one's pictures have the spread of their prompt's number; the teacher's have 1."""
+    monkeypatch.setattr("distillation.objectives.dmd.read_text", lambda batch, like: batch.prompt_embeds)
+
+    def drawn(field, start, grid, text):
+        wide = text[:, 0, 0] if field is student else torch.ones(len(start))
+        return types.SimpleNamespace(latents=wide.view(-1, 1, 1, 1, 1) * start / start.std((1, 2, 3, 4), keepdim=True))
+
+    monkeypatch.setattr("distillation.objectives.dmd.rollout", drawn)
+    student, expert = object(), types.SimpleNamespace(transformer=nn.Linear(1, 1), dtype=torch.float64)
+    setup = Setup(Teacher([Expert(expert, 1.0, 0.0)], torch.zeros(1, 4)), student, GRID, SHIFT)
+    settings = {"fake_score": "full", "contrast_every": 2, "contrast_warning": 0.1, "contrast_stop": 0.3}
+    objective = build_objective("dmd", setup, settings)
+
+    def look(step, *spreads):
+        parts = [Batch([0], torch.full((1, 1, 1), s), torch.ones(1, 1, dtype=torch.bool)) for s in spreads]
+        return objective.look(step, ((part, noise_of()) for part in parts), lambda tensor: tensor)
+
+    assert look(1, 0.9, 1.1) is None and look(2, 5.0) is None  # not its turn
+    assert look(3, 0.8, 1.2) is None
+    assert look(5, 1.4, 1.6).words == "step 5: contrast is 115% of the teacher's, it was 100% when dmd began"
+    assert look(7, 2.0, 2.0).ends_phase
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_consistency_s_target_keeps_pace_with_updates(updates):
+    network = nn.Linear(1, 1, bias=False)
+    setup = Setup(None, None, GRID, SHIFT, network=network)
+    settings = {"target_decay": 0.9, "updates_per_rollout": updates, "teacher_substeps": 3}
+    objective = build_objective("consistency", setup, settings)
+    nn.init.zeros_(objective.target.weight)
+    nn.init.ones_(network.weight)
+    objective.after_step(0)
+    assert objective.target.weight.item() == pytest.approx(1 - 0.9**updates)

@@ -30,7 +30,9 @@ class Settings:
         1, "optimizer updates that share a rollout's states between them", bound=AT_LEAST_ONE
     )
     rollout_passes: int = setting(1, "times that all of a rollout's states are learnt from", bound=AT_LEAST_ONE)
-    target_decay: float = setting(0.95, "the target is an average of the student's weights; 0: itself", bound=BELOW_ONE)
+    target_decay: float = setting(
+        0.95, "an update, of the target, which averages the student's weights; 0: the student itself", bound=BELOW_ONE
+    )
     huber_c: float = setting(1e-3, "pseudo-Huber's c; 0 for squared error", bound=NOT_NEGATIVE)
 
 
@@ -81,7 +83,8 @@ class Objective(objective.Objective):
     def after_step(self, step: int) -> None:
         if self.settings.target_decay:
             student = [p.detach() for p in self.setup.network.parameters()]
-            torch._foreach_lerp_(list(self._average.parameters()), student, 1 - self.settings.target_decay)
+            decay = self.settings.target_decay ** len(self.schedule(step))  # as if after each of the step's updates
+            torch._foreach_lerp_(list(self._average.parameters()), student, 1 - decay)
 
     def state_dict(self) -> dict:
         return {"average": self._average.state_dict()} if self.settings.target_decay else {}

@@ -1,21 +1,26 @@
-"""Distribution matching: the student's pictures as a whole are to be spread as the teacher's are (Yin et al. 2024, DMD2
-without GAN).
+"""Distribution matching: the student's pictures as a whole are to be spread as the teacher's are (Yin et al. 2023, DMD;
+2024, DMD2, here without its GAN).
 
 The student draws with the sampler and on the grid that ship, up to a random step; only that step has a gradient. What
-it has reached, x at level s, is noised on to t' > s. There the teacher's x̂₀ says where right states lie, and that of a
-*fake score*, a network which is trained on the student's own states all along, where the student's lie; the difference
-is the student's gradient:
+it has reached, x at level s, is noised on to t' > s, evenly spread before the shift. There the teacher's x̂₀ says where
+right states lie, and that of a *fake score*, a network which is trained on the student's own states all along, where
+the student's lie; the difference is the student's gradient:
 
-    g = (x̂₀_fake − x̂₀_teacher) / mean|x̂₀ − x̂₀_teacher|,    L = ½ ‖x − sg(x − g)‖²                  (DMD2, eqs. 7, 8)
+    g = (x̂₀_fake − x̂₀_teacher) / mean|x̂₀ − x̂₀_teacher|,    L = ½ ‖x − sg(x − g)‖²                  (DMD, eqs. 7, 8)
     L_fake = w·‖v_φ(x_t', t', c) − v*‖², v* and its weight w from `add_more_noise`
 
 x is the state that the step leads to, at the grid's next level s (`match = "path"`: Luo et al. 2025, TDM; Phased DMD,
 2510.27684), or, as DMD2 has it, the step's x̂₀, s = 0 (`match = "picture"`). Both are the same at the last step.
+No network is told which step a state is from: at a t' that several steps share, the fake score knows their mixture.
+TDM can give each step times of its own instead; Phased DMD trains one after the other.
 
 Each of the teacher's experts has its own fake score, which starts as that expert without guidance.
 """
 
+from bisect import bisect
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +60,9 @@ class Settings:
     fake_warmup_steps: int = setting(0, "steps at the start that train the fake score alone", bound=NOT_NEGATIVE)
     score_shift: float | None = setting(None, "of the score's times; the student's where left out", bound=POSITIVE)
     anchor_weight: float = setting(0.0, "of trajectory's loss beside it, against loss of diversity", bound=NOT_NEGATIVE)
-    anchor_substeps: int = setting(4, "the anchor's teacher_substeps", bound=AT_LEAST_ONE)
+    anchor_substeps: int = setting(
+        4, "teacher steps for each of the student's, in the anchor and in looks at contrast", bound=AT_LEAST_ONE
+    )
     contrast_every: int = setting(20, "steps between two looks at the contrast", bound=AT_LEAST_ONE)
     contrast_warning: float = setting(
         0.05, "drift of contrast away from the teacher's that is warned of", bound=POSITIVE
@@ -65,7 +72,8 @@ class Settings:
 
 class Objective(objective.Objective):
     """Cost: one guided forward a prompt for an update of the student, and (K + 1) / 2 forwards of the student for each
-    update of student or fake score, K being the student's steps; the anchor costs what trajectory does."""
+    update of student or fake score, K being the student's steps; the anchor costs what trajectory does, and so does a
+    look at contrast."""
 
     def __init__(self, setup: objective.Setup, settings: Settings) -> None:
         super().__init__(setup, settings)
@@ -73,6 +81,7 @@ class Objective(objective.Objective):
         # The noise levels that the student's steps lead to, as far as they are matched.
         self.levels = setup.grid.sigmas[1:] if settings.match == "path" else (0.0,) * len(setup.grid)
         self._networks = fake_scores(setup.teacher, settings.fake_score, settings.fake_lora_rank)
+        self.shares = self._shares()
         self.fakes: dict[str, VelocityField] = {}
         self.anchor = None
         if settings.anchor_weight:
@@ -104,11 +113,12 @@ class Objective(objective.Objective):
     def work(settings: Settings, student_steps: int) -> Work:
         fakes, before = settings.fake_updates, (student_steps - 1) / 2  # the mean of the steps up to a random one
         anchor = student_steps if settings.anchor_weight else 0
+        looked = student_steps / settings.contrast_every
         return Work(
             trained=1 + anchor,
             at_once=1 + anchor,
-            guided=1 + anchor * settings.anchor_substeps,
-            drawn=before + fakes * (before + 1),
+            guided=1 + anchor * settings.anchor_substeps + looked * settings.anchor_substeps,
+            drawn=before + fakes * (before + 1) + looked,
             fake=1,
             fake_trained=fakes,
             fake_updates=fakes,
@@ -141,9 +151,18 @@ class Objective(objective.Objective):
         return self.settings.fake_warmup_steps
 
     def _expert_at(self, step: int) -> int:
-        """Whose times a step scores at: each expert as often as its share of the times. All ranks choose alike."""
-        u = SCORE_TIMES[0] + (SCORE_TIMES[1] - SCORE_TIMES[0]) * (step * GOLDEN_RATIO % 1.0)
-        return self.setup.teacher.in_charge(shift_time(u, self.shift))
+        """Whose times a step scores at: each expert as often as all steps' shares say. All ranks choose alike."""
+        up_to = list(accumulate(map(sum, self.shares)))
+        return bisect(up_to, step * GOLDEN_RATIO % 1.0 * up_to[-1])
+
+    def _shares(self) -> list[list[float]]:
+        """Of the times at which the state behind each step is scored, how much is each expert's: (experts, K). A step's
+        sum is 1, so that all are trained alike; 0 where noise ends so late that no time is left."""
+        experts = range(len(self.setup.teacher.experts))
+        ranges = [[self._score_range(expert, level) for level in self.levels] for expert in experts]
+        lengths = [[max(0.0, high - low) for low, high in of_expert] for of_expert in ranges]
+        whole = [sum(of_step) for of_step in zip(*lengths, strict=True)]
+        return [[length / (total or 1.0) for length, total in zip(row, whole, strict=True)] for row in lengths]
 
     def _score_range(self, expert: int, level: float) -> tuple[float, float]:
         """Where an expert scores states of a level: from and to, before the shift. Empty where from >= to."""
@@ -157,10 +176,9 @@ class Objective(objective.Objective):
     def loss(self, network: str, batch: Batch, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         start = noise.latents(len(batch.prompt_indices))
         text, expert = read_text(batch, start), self._expert_at(noise.step)
-        ranges = [self._score_range(expert, level) for level in self.levels]
-        exits = [k for k, (low, high) in enumerate(ranges) if low < high]
-        k = exits[noise.choice_alike(len(exits))]
-        t = shift_time(ranges[k][0] + (ranges[k][1] - ranges[k][0]) * noise.uniform(len(start)), self.shift)  # (B,)
+        k = noise.choice_alike(self.shares[expert])
+        low, high = self._score_range(expert, self.levels[k])
+        t = shift_time(low + (high - low) * noise.uniform(len(start)), self.shift)  # (B,)
         x, x0 = self._draw(start, text, k, with_grad=network == "student")
         x_t, v, weight = add_more_noise(x.detach(), noise.latents(len(x)), self.levels[k], t)
         if network != "student":
@@ -203,17 +221,20 @@ class Objective(objective.Objective):
     # ---- when to stop
 
     @torch.no_grad()
-    def look(self, step: int, batch: Batch, noise: Noise, mean) -> Remark | None:
+    def look(self, step: int, batches: Iterable[tuple[Batch, Noise]], mean) -> Remark | None:
         """Late in dmd contrast tends to rise: the student's is compared with the teacher's now and then, and what
         counts is how far it has gone from where this phase found it, away from the teacher's."""
         done = step - self.setup.first_step - self.settings.fake_warmup_steps  # of the student's own steps
         if done < 1 or (done - 1) % self.settings.contrast_every:
             return None
-        start = noise.latents(len(batch.prompt_indices))
-        text = read_text(batch, start)
         fields = ((self.setup.student, self.setup.grid), (self.setup.teacher, self.look_grid))
-        spread = [rollout(field, start, grid, text).latents.std((1, 2, 3, 4)).mean() for field, grid in fields]
-        student, teacher = mean(torch.stack(spread)).tolist()
+        spreads = []
+        for batch, noise in batches:
+            start = noise.latents(len(batch.prompt_indices))
+            text = read_text(batch, start)
+            latents = [rollout(field, start, grid, text).latents for field, grid in fields]
+            spreads.append(torch.stack([each.std((1, 2, 3, 4)).mean() for each in latents]))  # (2,)
+        student, teacher = mean(torch.stack(spreads).mean(0)).tolist()
         if not self._contrast:
             self._contrast = [student / teacher] * 2
         first, before = self._contrast
