@@ -39,6 +39,7 @@ from data.prompts import read_prompts
 from data.scenes import PALETTE, PLACES, RADII, RELATIONS, SHAPES, SIZE, parse_caption, random_scenes, read
 from models.export import DRAWING_FILE
 from models.folding import fold_text_attention, fold_texts, fold_time
+from models.student import check_pixels
 from models.teacher import DTYPES, TeacherInfo, encode_text, inspect_teacher, resolve_dtype
 
 TEACHER_STEPS = (50, 4)
@@ -74,6 +75,7 @@ class Measured:
     problems: list[str | None] | None  # of each picture; None where its caption reads back right, or cannot be read
     forwards: int  # of a transformer, a picture each
     seconds: float  # for drawing alone: no loading, no reading; no text encoding where text is folded
+    guidance_scale_2: float | None = None  # of the low-noise expert, where it has its own
     compared: "Compared | None" = None  # with the teacher's pictures
 
     @property
@@ -85,6 +87,12 @@ class Measured:
     def right_error(self) -> float:
         """Standard error of that share."""
         return (self.right * (1 - self.right) / len(self.problems)) ** 0.5
+
+    @property
+    def guidance(self) -> str:
+        """ "none", "4" or "4 / 2"."""
+        scales = [self.guidance_scale, *([self.guidance_scale_2] if self.guidance_scale_2 is not None else [])]
+        return " / ".join(f"{scale:g}" for scale in scales) if self.guidance_scale > 1 else "none"
 
     @property
     def forwards_per_picture(self) -> float:
@@ -109,7 +117,7 @@ class Compared:
 COLUMNS: dict[str, Callable[[Measured], str]] = {
     "pictures by": lambda m: f"{m.role} {m.pipeline}",
     "steps": lambda m: str(m.steps),
-    "guidance": lambda m: f"{m.guidance_scale:g}" if m.guidance_scale > 1 else "none",
+    "guidance": lambda m: m.guidance,
     "captions right": lambda m: f"{m.right:.1%} ± {m.right_error:.1%}" if m.problems is not None else "-",
     "Fréchet": lambda m: f"{m.compared.frechet:.2f}" if m.compared else "-",
     "diversity": lambda m: f"{m.compared.diversity:.3f}" if m.compared else "-",
@@ -255,7 +263,7 @@ def measure(
     problems = None
     if are_scenes(captions):
         problems = [read(p).problem_with(parse_caption(c)) for p, c in zip(pictures, captions, strict=True)]
-    return Measured(name, role, steps, guidance_scale, pictures, problems, forwards, seconds)
+    return Measured(name, role, steps, guidance_scale, pictures, problems, forwards, seconds, guidance_scale_2)
 
 
 def are_scenes(captions: list[str]) -> bool:
@@ -336,8 +344,8 @@ def problem_list(row: Measured, most: int = 8) -> str:
 
 def figures(row: Measured) -> dict:
     """A row as JSON."""
-    names = ("pipeline", "role", "steps", "guidance_scale", "forwards_per_picture", "seconds_per_picture")
-    found = {name: getattr(row, name) for name in names} | {"captions": len(row.pictures)}
+    names = ("pipeline", "role", "steps", "guidance_scale", "guidance_scale_2", "forwards_per_picture")
+    found = {name: getattr(row, name) for name in (*names, "seconds_per_picture")} | {"captions": len(row.pictures)}
     if row.problems is not None:
         kinds = dict(Counter(kind_of(p) for p in row.problems if p).most_common())
         found |= {"right": row.right, "problems": kinds}
@@ -353,8 +361,7 @@ def write_grid(path: Path, rows: list[Measured], captions: list[str]) -> None:
     pen, font = ImageDraw.Draw(grid), ImageFont.load_default(12)
     for line, row in enumerate(rows):
         y = gap + line * (side + gap)
-        guidance = f"guidance {row.guidance_scale:g}" if row.guidance_scale > 1 else "no guidance"
-        label = f"{row.role}\n{textwrap.fill(Path(row.pipeline).name, 18)}\n{row.steps} steps\n{guidance}"
+        label = f"{row.role}\n{textwrap.fill(Path(row.pipeline).name, 18)}\n{row.steps} steps\nguidance {row.guidance}"
         pen.multiline_text((gap, y), label, fill="black", font=font)
         for column in range(len(captions)):
             x = left + column * (side + gap)
@@ -419,14 +426,19 @@ class Job:
 
 
 def make_jobs(args: argparse.Namespace) -> list[Job]:
-    """Teacher first, then students. Raises UserError for a path that holds no such pipeline."""
+    """Teacher first, then students. Raises UserError for a path without such a pipeline, or what it cannot draw."""
     teacher = inspect_teacher(args.teacher, flag="--teacher")
+    if args.guidance_scale_2 is not None and teacher.boundary_ratio is None:
+        raise UserError(f"--guidance_scale_2: {teacher.name} has one expert; accepted here: --guidance_scale")
     scales = (args.guidance_scale, args.guidance_scale_2)
     jobs = [Job(args.teacher, "teacher", source_of(teacher), args.teacher_steps, *scales)]
-    for name in args.student:
-        student = inspect_teacher(name, flag="--student")
+    students = [inspect_teacher(name, flag="--student") for name in args.student]
+    for name, student in zip(args.student, students, strict=True):
         steps = args.student_steps or student_steps(student.folder)
         jobs.append(Job(name, "student", source_of(student), [steps]))
+    for info in (teacher, *students):
+        check_pixels("--height", args.height, info.pixels_per_patch)
+        check_pixels("--width", args.width, info.pixels_per_patch)
     return jobs
 
 
@@ -441,6 +453,10 @@ def run(args: argparse.Namespace) -> None:
     settings = Settings(args.seed, args.batch_size, args.height, args.width, not args.no_fold, device, dtype)
     captions = read_prompts(args.prompts)[: args.count] if args.prompts else held_out_captions(args.count, args.seed)
     with_features = are_installed() if args.features is None else args.features
+    if with_features and len(captions) < 2:
+        raise UserError("Fréchet distance needs two captions or more; accepted with one: --no_features")
+    if args.grid and args.grid.suffix.lower() != ".png":
+        raise UserError(f"--grid {args.grid}: accepted is a name that ends in .png")
     rows, comparison = [], None
     for job in jobs:
         if not job.steps and not with_features:

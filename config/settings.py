@@ -31,6 +31,7 @@ POSITIVE = Bound("> 0", lambda x: x > 0)
 NOT_NEGATIVE = Bound(">= 0", lambda x: x >= 0)
 BELOW_ONE = Bound(">= 0 and < 1", lambda x: 0 <= x < 1)
 SCHEDULE = Bound("from 1 to 1000, the steps of the schedule", lambda x: 1 <= x <= 1000)
+SCHEDULE_OR_NONE = Bound("from 0 to 1000, the steps of the schedule", lambda x: 0 <= x <= 1000)
 UNIT = Bound("from 0 to 1", lambda x: 0 <= x <= 1)
 SEED = Bound("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)
 

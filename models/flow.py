@@ -118,7 +118,8 @@ def few_step_grid(num_steps: int, shift: float) -> TimeGrid:
 def refine_grid(grid: TimeGrid, substeps: int, shift: float) -> TimeGrid:
     """`substeps` steps in place of each of `grid`'s, evenly spread before the shift; its sigmas are all kept.
 
-    For a teacher, which knows any t: the network is told the sigmas as they are.
+    For a teacher, which knows any t: it is told the sigmas as they are. So is a student that learns at these states; at
+    its own levels that may be up to 0.001 beyond the rounded times which it is told when it draws.
     """
     u = [unshift_time(sigma, shift) for sigma in grid.sigmas]
     sigmas = []

@@ -1,11 +1,13 @@
 """The objectives' pairs and jumps against rollouts written out in the test, in float64."""
 
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import distillation.objectives
 from config.errors import UserError
 from data.prompt_embeddings import Batch
 from distillation.objective import (
@@ -18,6 +20,7 @@ from distillation.objective import (
     mix_seeds,
     objective_names,
     settings_of,
+    work,
 )
 from models.flow import few_step_grid
 from models.teacher import Expert, Teacher
@@ -395,3 +398,21 @@ def test_consistency_s_target_keeps_pace_with_updates(updates):
     nn.init.ones_(network.weight)
     objective.after_step(0)
     assert objective.target.weight.item() == pytest.approx(1 - 0.9**updates)
+
+
+# ------------------------------------------------------------------------------------------------ a new one
+
+
+def test_the_objective_that_the_documents_show_is_velocity(teacher, student, batch, tmp_path, monkeypatch):
+    """As a user would add it: a file of its own, found by its name, with its settings and its cost."""
+    page = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    (shown,) = (block.partition("```")[0] for block in page.split("```python\n")[1:])
+    (tmp_path / "shown.py").write_text(shown, encoding="utf-8")
+    monkeypatch.setattr(distillation.objectives, "__path__", [*distillation.objectives.__path__, str(tmp_path)])
+    assert "shown" in objective_names()
+    settings, setup = vars(settings_of("shown")(teacher_substeps=SUBSTEPS)), Setup(teacher, student, GRID, SHIFT)
+    (loss,) = step_once(build_objective("shown", setup, settings), batch)
+    student.asked.clear()
+    (expected,) = step_once(build_objective("velocity", setup, settings), batch)
+    assert loss == pytest.approx(expected)
+    assert work("shown", settings, NUM_STEPS) == work("velocity", settings, NUM_STEPS)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from config.errors import UserError
-from config.settings import AT_LEAST_ONE, NOT_NEGATIVE, setting
+from config.settings import AT_LEAST_ONE, NOT_NEGATIVE, SCHEDULE_OR_NONE, setting
 from data.prompt_embeddings import Batch
 from distillation import objective
 from distillation.objective import Deck, Noise, Own, Work, check_updates, distance, read_text
@@ -32,7 +32,7 @@ class Settings:
     teach: str = setting(
         "teacher", "who shows the jumps; student: a copy as of the phase's start", choices=("teacher", "student")
     )
-    jumps: int = setting(0, "steps of the grid that this phase trains on; 0: the student's own", bound=NOT_NEGATIVE)
+    jumps: int = setting(0, "steps of the grid that this phase trains on; 0: the student's own", bound=SCHEDULE_OR_NONE)
     updates_per_rollout: int = setting(
         1, "optimizer updates that share a rollout's states between them", bound=AT_LEAST_ONE
     )
