@@ -258,19 +258,19 @@ def test_velocity_learns_the_distribution_in_many_steps():
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the fake score's warm-up
-@pytest.mark.parametrize("mixture, steps, rate", [(LINE, 400, 4e-3), (PLANE, 600, 8e-3)])
-def test_dmd_learns_the_distribution(mixture, steps, rate):
-    """From a student that has merely learnt what few steps of the teacher do."""
+@pytest.mark.parametrize("mixture, within", [(LINE, 0.18), (PLANE, 0.1)])
+def test_dmd_learns_the_distribution(mixture, within):
+    """From a student that has merely learnt what few steps of the teacher do: W₁ .22 and .17."""
     data = Mixture(**mixture)
     student = Student(data.means.shape[1])
     setup = Setup(teacher_of(Taught(data)), student, GRID, SHIFT, student, lambda network, dtype: network.double())
     train(setup, "trajectory", 200, 4e-3, teacher_substeps=2)
     samples = drawn(student, data.means.shape[1])
     before = wasserstein(samples, data.draw(len(samples)))
-    settings = {"fake_score": "full", "fake_learning_rate": rate, "fake_updates": 3, "fake_warmup_steps": 30}
-    train(setup, "dmd", steps, rate, momentum=0.0, **settings)
-    assert before > 0.15
-    assert_learnt(student, data, within=0.7 * before)
+    settings = {"fake_score": "full", "fake_learning_rate": 4e-3, "fake_updates": 3, "fake_warmup_steps": 30}
+    train(setup, "dmd", 800, 1e-3, momentum=0.0, score_shift=1.0, **settings)
+    assert before > 1.2 * within
+    assert_learnt(student, data, within)
 
 
 # ------------------------------------------------------------------------------------------------ single losses
