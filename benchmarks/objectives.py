@@ -61,7 +61,8 @@ RECIPES = {  # name: steps of the student, phases
 
 
 def teacher_forwards(name: str) -> int:
-    """Of an expert, one latent each, in the whole training; a guided one is two."""
+    """Of an expert, one latent each, in the whole training; a guided one is two. dmd's looks at contrast are counted as
+    many as come to its steps on average."""
     steps, phases = RECIPES[name]
     prompts = RANKS * tomllib.loads(BASE.read_text())["train_batch_size"]
     total = 0.0
@@ -90,9 +91,11 @@ def train(name: str, seed: int, folder: Path) -> Path:
     """The student's folder; trained now unless this very recipe's is there."""
     home = folder / f"{in_paths(name)}_{seed}"
     flags = flags_of(name, folder)
-    recipe, trained = Path(flags[1]).read_text(), home / "recipe.toml"  # the latter is written when all is done
-    if trained.is_file() and trained.read_text() == recipe:
+    # Written when all is done: what the student was trained by.
+    recipe, trained = f"# {' '.join(flags[2:])}\n{Path(flags[1]).read_text()}", home / "recipe.toml"
+    if (home / "student" / "model_index.json").is_file() and trained.is_file() and trained.read_text() == recipe:
         return home / "student"
+    trained.unlink(missing_ok=True)
     threads = max(1, (os.cpu_count() or 1) // RANKS)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"),

@@ -277,8 +277,10 @@ def are_scenes(captions: list[str]) -> bool:
 class Comparison:
     """Every row next to the teacher's pictures of the same captions from other noise, drawn once."""
 
-    def __init__(self, teacher: WanPipeline, job: "Job", captions: list[str], settings: Settings) -> None:
-        self.features, self.captions, self.settings = Features(settings.device), captions, settings
+    def __init__(
+        self, features: Features, teacher: WanPipeline, job: "Job", captions: list[str], settings: Settings
+    ) -> None:
+        self.features, self.captions, self.settings = features, captions, settings
         scales, steps = (job.guidance_scale, job.guidance_scale_2), max(job.steps, default=TEACHER_STEPS[0])
         elsewhere = replace(settings, seed=settings.seed + REFERENCE_SEED)
         name = f"teacher {job.name}, {steps} steps, other noise"
@@ -449,7 +451,7 @@ def source_of(info: TeacherInfo) -> str | Path:
 def run(args: argparse.Namespace) -> None:
     jobs = make_jobs(args)  # wrong paths are found before anything is drawn
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = resolve_dtype(args.dtype, device)
+    dtype = resolve_dtype(args.dtype, device, flag="--dtype")
     settings = Settings(args.seed, args.batch_size, args.height, args.width, not args.no_fold, device, dtype)
     captions = read_prompts(args.prompts)[: args.count] if args.prompts else held_out_captions(args.count, args.seed)
     with_features = are_installed() if args.features is None else args.features
@@ -457,13 +459,14 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("Fréchet distance needs two captions or more; accepted with one: --no_features")
     if args.grid and args.grid.suffix.lower() != ".png":
         raise UserError(f"--grid {args.grid}: accepted is a name that ends in .png")
+    features = Features(device) if with_features else None
     rows, comparison = [], None
     for job in jobs:
         if not job.steps and not with_features:
             continue
         pipeline = load(job.source, settings)
-        if job.role == "teacher" and with_features:
-            comparison = Comparison(pipeline, job, captions, settings)
+        if job.role == "teacher" and features:
+            comparison = Comparison(features, pipeline, job, captions, settings)
         for steps in job.steps:
             scales = (job.guidance_scale, job.guidance_scale_2)
             row = measure(pipeline, captions, steps, scales[0], settings, scales[1], job.name, job.role)

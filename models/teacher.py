@@ -146,12 +146,12 @@ def _is_wan_model(config: Path) -> bool:
     return config.is_file() and '"WanModel"' in config.read_text(encoding="utf-8", errors="replace")
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 on a GPU and float32 elsewhere. Raises UserError for float16 on a CPU."""
+def resolve_dtype(name: str, device: torch.device, flag: str = "--teacher_dtype") -> torch.dtype:
+    """ "auto" is bfloat16 on a GPU and float32 elsewhere. Raises UserError for float16 on a CPU; it names `flag`."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name == "float16" and device.type == "cpu":
-        raise UserError("--teacher_dtype float16: a CPU cannot run it; accepted here: auto, float32, bfloat16")
+        raise UserError(f"{flag} float16: a CPU cannot run it; accepted here: auto, float32, bfloat16")
     return DTYPES[name]
 
 

@@ -118,6 +118,7 @@ def test_a_folder_without_a_pipeline_is_one_line(random_single_pipeline_dir, tmp
         (["--guidance_scale_2", "2"], "--guidance_scale_2: .* has one expert"),
         (["--grid", "out.jpeg"], "--grid out.jpeg: accepted is a name that ends in .png"),
         (["--count", "1", "--features"], "Fréchet distance needs two captions or more"),
+        (["--dtype", "float16"], "--dtype float16: a CPU cannot run it"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line_before_anything_is_drawn(
@@ -267,15 +268,26 @@ def test_the_recipes_of_every_objective_are_accepted(name, tmp_path):
 
 
 def test_a_student_of_another_recipe_is_trained_anew(tmp_path, monkeypatch):
-    trained = []
-    monkeypatch.setattr(objectives.subprocess, "run", lambda command, **about: trained.append(command))
-    for _ in range(2):
-        (tmp_path / "velocity_3").mkdir(exist_ok=True)
-        assert objectives.train("velocity", 3, tmp_path) == tmp_path / "velocity_3" / "student"
-    assert len(trained) == 1
-    monkeypatch.setitem(objectives.RECIPES, "velocity", (4, [objectives.phase("velocity", 7)]))
-    objectives.train("velocity", 3, tmp_path)
-    assert len(trained) == 2
+    student, trained = tmp_path / "velocity_3" / "student", []
+
+    def run(command, **about):
+        trained.append(command)
+        student.mkdir(parents=True, exist_ok=True)
+        (student / "model_index.json").touch()
+
+    def times() -> int:
+        assert objectives.train("velocity", 3, tmp_path) == student
+        return len(trained)
+
+    monkeypatch.setattr(objectives.subprocess, "run", run)
+    assert times() == times() == 1
+    (student / "model_index.json").unlink()
+    assert times() == 2
+    steps, phases = objectives.RECIPES["velocity"]
+    monkeypatch.setitem(objectives.RECIPES, "velocity", (steps, [objectives.phase("velocity", 7)]))
+    assert times() == times() == 3
+    monkeypatch.setitem(objectives.RECIPES, "velocity", (2, [objectives.phase("velocity", 7)]))
+    assert times() == 4
 
 
 def test_what_an_objective_costs_and_how_its_seeds_differ():

@@ -1,5 +1,6 @@
 """The objectives' pairs and jumps against rollouts written out in the test, in float64."""
 
+import math
 import types
 from pathlib import Path
 
@@ -362,6 +363,18 @@ def test_dmd_trains_each_expert_s_fake_score_by_its_share_of_the_times():
         assert objective._score_range(expert, level) == pytest.approx(expected, abs=1e-9)
     low, high = objective._score_range(1, 0.9)  # the first step leads beyond the low-noise expert's times
     assert low > high
+    # Pictures are scored from .02 on, whatever step drew them.
+    of_pictures = build_objective("dmd", setup, {"fake_score": "full", "match": "picture"})
+    assert of_pictures.shares == [pytest.approx([share] * 4) for share in ((0.98 - 0.7) / 0.96, (0.7 - 0.02) / 0.96)]
+
+
+def test_dmd_leaves_out_steps_behind_which_no_time_is_left():
+    """The first of 30 steps leads to u = .999 · 29 / 30 = .965, not .02 below the last score's .98."""
+    expert = types.SimpleNamespace(transformer=nn.Linear(1, 1), dtype=torch.float64)
+    setup = Setup(Teacher([Expert(expert, 1.0, 0.0)], torch.zeros(1, 4)), None, few_step_grid(30, SHIFT), SHIFT)
+    objective = build_objective("dmd", setup, {"fake_score": "full"})
+    assert objective.shares == [pytest.approx([0.0] + [1.0] * 29)]
+    assert 0 not in {noise_of(step=step).choice_alike(objective.shares[0]) for step in range(300)}
 
 
 def test_dmd_looks_at_the_contrast_of_all_micro_batches(monkeypatch):
@@ -383,7 +396,7 @@ def test_dmd_looks_at_the_contrast_of_all_micro_batches(monkeypatch):
         return objective.look(step, ((part, noise_of()) for part in parts), lambda tensor: tensor)
 
     assert look(1, 0.9, 1.1) is None and look(2, 5.0) is None  # not its turn
-    assert look(3, 0.8, 1.2) is None
+    assert look(3, 0.8, 1.2) is None and look(3, 1.0, math.nan) is None
     assert look(5, 1.4, 1.6).words == "step 5: contrast is 115% of the teacher's, it was 100% when dmd began"
     assert look(7, 2.0, 2.0).ends_phase
 

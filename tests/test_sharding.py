@@ -33,7 +33,8 @@ OBJECTIVES = {
     "trajectory from a copy": "--jumps 4 --teach student --teacher_substeps 2",
     "consistency": "--target_decay 0.9 --teacher_substeps 2",
     "consistency on its own pictures": "--states student --target_decay 0",
-    "dmd lora": "--fake_lora_rank 2 --fake_updates 2 --anchor_weight 0.1 --contrast_every 2",
+    "dmd lora": "--fake_lora_rank 2 --fake_updates 2 --anchor_weight 0.1 --contrast_every 2"
+    " --gradient_accumulation_steps 2",
     "dmd full": "--fake_score full --fake_updates 1 --teacher_dtype bfloat16",
 }
 SHARDED = ["--student_sharding", "fsdp", "--teacher_device_strategy", "shard"]

@@ -7,9 +7,11 @@ from torch import nn
 from config.config import OptimizationConfig, Phase
 from data.prompt_embeddings import Batch
 from distillation.objective import Objective
+from distillation.objectives import velocity
 from distillation.trained import Trained
 from distributed.process_group import Ranks
 from tests.ranks import run_ranks
+from tests.test_sharding import ALONE, STEPS, go
 from train_distillation import optimization_step
 
 DATA = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
@@ -71,3 +73,25 @@ def test_two_ranks_equal_one_and_each_other(whole):
     for name in ("grad_norm", "other_grad_norm"):
         assert first[name] == second[name] == pytest.approx(whole[name], rel=1e-5)
     assert (first["loss"] + second["loss"]) / 2 == pytest.approx(whole["loss"], rel=1e-5)
+
+
+def test_an_objective_may_look_at_all_micro_batches_of_a_step_with_noise_of_their_own(
+    random_pipeline_dir, tmp_path, monkeypatch
+):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na fish\n")
+    seen, learnt, loss = [], [], velocity.Objective.loss
+
+    def look(self, step, batches, mean):
+        seen.append([(batch, noise.latents(1)) for batch, noise in batches])
+
+    def recorded(self, network, batch, noise):
+        learnt.append(batch)
+        return loss(self, network, batch, noise)
+
+    monkeypatch.setattr(velocity.Objective, "look", look)
+    monkeypatch.setattr(velocity.Objective, "loss", recorded)
+    flags = ["--objective", "velocity", "--gradient_accumulation_steps", "2", "--no_save_samples"]
+    go(ALONE, random_pipeline_dir, tmp_path, "out", *flags)
+    assert len(seen) == STEPS and [batch for step in seen for batch, _ in step] == learnt
+    noises = torch.stack([noise for step in seen for _, noise in step]).flatten(1)
+    assert len(noises.unique(dim=0)) == 2 * STEPS

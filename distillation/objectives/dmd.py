@@ -17,6 +17,7 @@ TDM can give each step times of its own instead; Phased DMD trains one after the
 Each of the teacher's experts has its own fake score, which starts as that expert without guidance.
 """
 
+import math
 from bisect import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -235,13 +236,15 @@ class Objective(objective.Objective):
             latents = [rollout(field, start, grid, text).latents for field, grid in fields]
             spreads.append(torch.stack([each.std((1, 2, 3, 4)).mean() for each in latents]))  # (2,)
         student, teacher = mean(torch.stack(spreads).mean(0)).tolist()
+        if not math.isfinite(student / teacher):  # would stay in the running mean
+            return None
         if not self._contrast:
             self._contrast = [student / teacher] * 2
         first, before = self._contrast
         now = CONTRAST_MEMORY * before + (1 - CONTRAST_MEMORY) * student / teacher
         self._contrast = [first, now]
         drift = abs(now - 1) - abs(first - 1)
-        if not drift > self.settings.contrast_warning:
+        if drift <= self.settings.contrast_warning:
             return None
         words = f"step {step}: contrast is {now:.0%} of the teacher's, it was {first:.0%} when dmd began"
         ends = drift > self.settings.contrast_stop
