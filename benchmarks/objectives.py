@@ -116,27 +116,34 @@ def as_toml(settings: dict) -> str:
 def measure(students: Iterable[Path], count: int, folder: Path) -> list[dict]:
     """quality.py's figures: of the teacher, then of each student."""
     figures = folder / "figures.json"
-    flags = ["--guidance_scale_2", GUIDANCE_2, "--teacher_steps", "50", "--count", str(count), "--json", str(figures)]
+    flags = ["--guidance_scale_2", GUIDANCE_2, "--count", str(count), "--json", str(figures)]
     quality.main(["--features", *flags, "--student", *map(str, students)])
     return json.loads(figures.read_text())["rows"]
 
 
 def table(names: list[str], seeds: int, rows: list[dict]) -> str:
-    """A line an objective: means over the seeds, and in brackets the smallest and the largest."""
-    floor, students = rows[0]["frechet"], rows[1:]
+    """The teacher, then a line an objective: means over the seeds, and in brackets the smallest and the largest.
+
+    Args:
+        rows: the teacher's, and of each objective one a seed.
+    """
+    teacher, students = ([row for row in rows if row["role"] == role] for role in ("teacher", "student"))
+    floor = teacher[0]["frechet"]
     lines = [
-        f"{rows[0]['captions']} captions; teacher: {rows[0]['right']:.1%} right in 50 guided steps\n",
-        "| objective | steps | teacher forwards | captions right | Fréchet / floor | diversity |",
-        "|---|---|---|---|---|---|",
+        f"{teacher[0]['captions']} captions; floor {floor:.2f}\n",
+        "| objective | steps | teacher forwards | right, % | Fréchet / floor | diversity | contrast | saturation |",
+        "|---|---|---|---|---|---|---|---|",
+        *(line("teacher, guided", "-", [row], floor) for row in teacher),
     ]
     for i, name in enumerate(names):
-        own = students[i * seeds : (i + 1) * seeds]
-        right = spread([100 * row["right"] for row in own], ".1f")
-        frechet, diversity = spread([row["frechet"] / floor for row in own]), spread([row["diversity"] for row in own])
-        lines.append(
-            f"| {name} | {own[0]['steps']} | {teacher_forwards(name):,} | {right} % | {frechet} | {diversity} |"
-        )
+        lines.append(line(name, f"{teacher_forwards(name):,}", students[i * seeds : (i + 1) * seeds], floor))
     return "\n".join(lines)
+
+
+def line(name: str, forwards: str, rows: list[dict], floor: float) -> str:
+    cells = [spread([100 * row["right"] for row in rows], ".1f"), spread([row["frechet"] / floor for row in rows])]
+    cells += [spread([row[share] for row in rows]) for share in ("diversity", "contrast", "saturation")]
+    return f"| {' | '.join([name, str(rows[0]['steps']), forwards, *cells])} |"
 
 
 def spread(values: list[float], form: str = ".2f") -> str:

@@ -296,7 +296,10 @@ def test_what_an_objective_costs_and_how_its_seeds_differ():
     # A guided forward a step, and 16 in every 20th to look at contrast; none while the fake score warms up.
     assert objectives.teacher_forwards("dmd") == 60 * 32 * 2 + 3 * 32 * 16 * 2
     assert objectives.teacher_forwards("trajectory, then dmd") == (120 * 16 + 50 + 2.5 * 16) * 32 * 2
-    row = {"captions": 8, "steps": 4, "right": 0.5, "frechet": 2.0, "diversity": 1.0}
-    rows = [row | {"right": 0.9}, row, row | {"right": 0.75, "frechet": 3.0}]
-    last = objectives.table(["velocity"], 2, rows).splitlines()[-1]
-    assert cells(last)[3:] == ["62.5 (50.0 to 75.0) %", "1.25 (1.00 to 1.50)", "1.00 (1.00 to 1.00)"]
+    shares = {"diversity": 1.0, "contrast": 0.9, "saturation": 1.1}
+    row = {"role": "student", "captions": 8, "steps": 4, "right": 0.5, "frechet": 2.0} | shares
+    teacher = row | {"role": "teacher", "right": 0.9}
+    rows = [teacher, teacher | {"steps": 2, "frechet": 7.0}, row, row | {"right": 0.75, "frechet": 3.0}]
+    few, last = objectives.table(["velocity"], 2, rows).splitlines()[-2:]
+    assert cells(few) == ["teacher, guided", "2", "-", "90.0", "3.50", "1.00", "0.90", "1.10"]
+    assert cells(last)[3:6] == ["62.5 (50.0 to 75.0)", "1.25 (1.00 to 1.50)", "1.00 (1.00 to 1.00)"]
