@@ -79,10 +79,9 @@ class Noise:
     def permutation(self, n: int) -> Tensor:
         return torch.randperm(n, generator=self._generator, device=self.device)
 
-    def choice_alike(self, weights: list[float]) -> int:
-        """An index of `weights`, as often as its weight says. The same on all ranks: where networks are sharded, all
-        must run the same forwards."""
-        return int(torch.multinomial(torch.tensor(weights, dtype=torch.float64), 1, generator=self._alike))
+    def choice_alike(self, n: int) -> int:
+        """One of 0 … n − 1, the same on all ranks: where networks are sharded, all must run the same forwards."""
+        return int(torch.randint(n, (), generator=self._alike))
 
     def uniform(self, n: int) -> Tensor:
         """(n,) evenly spread over [0, 1): one in each nth of it, in random order, which is less noisy than n draws."""

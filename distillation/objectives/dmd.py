@@ -2,9 +2,9 @@
 2024, DMD2, here without its GAN).
 
 The student draws with the sampler and on the grid that ship, up to a random step; only that step has a gradient. What
-it has reached, x at level s, is noised on to t' > s, evenly spread before the shift. There the teacher's x̂₀ says where
-right states lie, and that of a *fake score*, a network which is trained on the student's own states all along, where
-the student's lie; the difference is the student's gradient:
+it has reached, x at level s, is noised on to t' > s. There the teacher's x̂₀ says where right states lie, and that of a
+*fake score*, a network which is trained on the student's own states all along, where the student's lie; the difference
+is the student's gradient:
 
     g = (x̂₀_fake − x̂₀_teacher) / mean|x̂₀ − x̂₀_teacher|,    L = ½ ‖x − sg(x − g)‖²                  (DMD, eqs. 7, 8)
     L_fake = w·‖v_φ(x_t', t', c) − v*‖², v* and its weight w from `add_more_noise`
@@ -14,14 +14,15 @@ x is the state that the step leads to, at the grid's next level s (`match = "pat
 No network is told which step a state is from: at a t' that several steps share, the fake score knows their mixture.
 TDM can give each step times of its own instead; Phased DMD trains one after the other.
 
-Each of the teacher's experts has its own fake score, which starts as that expert without guidance.
+Each of the teacher's experts has its own fake score, which starts as that expert without guidance. Which one a step
+asks is decided first, by its share of all times, then the exit, of those whose states it can score: a first step that
+leads to more noise than the low-noise expert sees is trained less often than the others. To train all alike asks the
+high-noise expert, with its guidance, twice as often; contrast then ran away (docs/quality.md).
 """
 
 import math
-from bisect import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ class Settings:
 
 
 class Objective(objective.Objective):
-    """Cost: one guided forward a prompt for an update of the student, and (K + 1) / 2 forwards of the student for each
+    """Cost: one guided forward a prompt for an update of the student, and about (K + 1) / 2 of the student for each
     update of student or fake score, K being the student's steps; the anchor costs what trajectory does, and so does a
     look at contrast."""
 
@@ -82,7 +83,6 @@ class Objective(objective.Objective):
         # The noise levels that the student's steps lead to, as far as they are matched.
         self.levels = setup.grid.sigmas[1:] if settings.match == "path" else (0.0,) * len(setup.grid)
         self._networks = fake_scores(setup.teacher, settings.fake_score, settings.fake_lora_rank)
-        self.shares = self._shares()
         self.fakes: dict[str, VelocityField] = {}
         self.anchor = None
         if settings.anchor_weight:
@@ -112,7 +112,7 @@ class Objective(objective.Objective):
 
     @staticmethod
     def work(settings: Settings, student_steps: int) -> Work:
-        fakes, before = settings.fake_updates, (student_steps - 1) / 2  # the mean of the steps up to a random one
+        fakes, before = settings.fake_updates, (student_steps - 1) / 2  # about: two experts share exits unevenly
         anchor = student_steps if settings.anchor_weight else 0
         looked = student_steps / settings.contrast_every
         return Work(
@@ -152,18 +152,14 @@ class Objective(objective.Objective):
         return self.settings.fake_warmup_steps
 
     def _expert_at(self, step: int) -> int:
-        """Whose times a step scores at: each expert as often as all steps' shares say. All ranks choose alike."""
-        up_to = list(accumulate(map(sum, self.shares)))
-        return bisect(up_to, step * GOLDEN_RATIO % 1.0 * up_to[-1])
+        """Whose times a step scores at: each expert as often as its share of the times. All ranks choose alike."""
+        u = SCORE_TIMES[0] + (SCORE_TIMES[1] - SCORE_TIMES[0]) * (step * GOLDEN_RATIO % 1.0)
+        return self.setup.teacher.in_charge(shift_time(u, self.shift))
 
-    def _shares(self) -> list[list[float]]:
-        """Of the times at which the state behind each step is scored, how much is each expert's: (experts, K). A step's
-        sum is 1, so that all are trained alike; 0 where noise ends so late that no time is left."""
-        experts = range(len(self.setup.teacher.experts))
-        ranges = [[self._score_range(expert, level) for level in self.levels] for expert in experts]
-        lengths = [[max(0.0, high - low) for low, high in of_expert] for of_expert in ranges]
-        whole = [sum(of_step) for of_step in zip(*lengths, strict=True)]
-        return [[length / (total or 1.0) for length, total in zip(row, whole, strict=True)] for row in lengths]
+    def _exits(self, expert: int) -> list[int]:
+        """The student's steps whose states an expert can score: not those that lead to more noise than it sees."""
+        ranges = [self._score_range(expert, level) for level in self.levels]
+        return [k for k, (low, high) in enumerate(ranges) if low < high]
 
     def _score_range(self, expert: int, level: float) -> tuple[float, float]:
         """Where an expert scores states of a level: from and to, before the shift. Empty where from >= to."""
@@ -177,7 +173,8 @@ class Objective(objective.Objective):
     def loss(self, network: str, batch: Batch, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         start = noise.latents(len(batch.prompt_indices))
         text, expert = read_text(batch, start), self._expert_at(noise.step)
-        k = noise.choice_alike(self.shares[expert])
+        exits = self._exits(expert)
+        k = exits[noise.choice_alike(len(exits))]
         low, high = self._score_range(expert, self.levels[k])
         t = shift_time(low + (high - low) * noise.uniform(len(start)), self.shift)  # (B,)
         x, x0 = self._draw(start, text, k, with_grad=network == "student")
