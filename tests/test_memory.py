@@ -333,12 +333,13 @@ def test_offloading_is_slower_than_holding_and_sharding_moves_more(shapes):
 
 
 def test_operations_of_a_step_by_hand(shapes):
-    """dmd with 4 steps: 1.5 forwards up to the random one on average, for the fake's 5 updates and the student's."""
+    """dmd with 4 steps: 1.5 forwards up to the random one on average, for the fake's 5 updates and the student's; and
+    every 20 steps a look at 4 steps of the student and 16 of the teacher."""
     whole, layout = shapes["a14b"], replace(LAYOUT, train_batch_size=2, gradient_accumulation_steps=3)
     forward = whole.student.forward_flops(whole.tokens, whole.text)
     teacher, student, own = flops_of(whole, layout, whole.tasks[1])
-    assert teacher == 6 * 2 * forward
-    assert student == pytest.approx(6 * (1.5 + 5 * 2.5 + 3) * forward)
+    assert teacher == pytest.approx(6 * (1 + 16 / 20) * 2 * forward)
+    assert student == pytest.approx(6 * (1.5 + 5 * 2.5 + 3 + 4 / 20) * forward)
     assert own == pytest.approx(6 * (1 + 5 * 2) * forward)  # adapters: no gradients of the expert's weights
 
 
