@@ -346,8 +346,9 @@ def problem_list(row: Measured, most: int = 8) -> str:
 
 def figures(row: Measured) -> dict:
     """A row as JSON."""
-    names = ("pipeline", "role", "steps", "guidance_scale", "guidance_scale_2", "forwards_per_picture")
-    found = {name: getattr(row, name) for name in (*names, "seconds_per_picture")} | {"captions": len(row.pictures)}
+    names = ["pipeline", "role", "steps", "guidance_scale", "guidance_scale_2"]
+    names += ["forwards_per_picture", "seconds_per_picture"]
+    found = {name: getattr(row, name) for name in names} | {"captions": len(row.pictures)}
     if row.problems is not None:
         kinds = dict(Counter(kind_of(p) for p in row.problems if p).most_common())
         found |= {"right": row.right, "problems": kinds}

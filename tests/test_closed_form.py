@@ -258,7 +258,7 @@ def test_velocity_learns_the_distribution_in_many_steps():
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the fake score's warm-up
-@pytest.mark.parametrize("mixture, within", [(LINE, 0.17), (PLANE, 0.1)])
+@pytest.mark.parametrize("mixture, within", [(LINE, 0.155), (PLANE, 0.1)])
 def test_dmd_learns_the_distribution(mixture, within):
     """From a student that has merely learnt what few steps of the teacher do: W₁ .22 and .17."""
     data = Mixture(**mixture)
@@ -269,7 +269,7 @@ def test_dmd_learns_the_distribution(mixture, within):
     before = wasserstein(samples, data.draw(len(samples)))
     settings = {"fake_score": "full", "fake_learning_rate": 4e-3, "fake_updates": 3, "fake_warmup_steps": 30}
     train(setup, "dmd", 800, 1e-3, momentum=0.0, score_shift=1.0, **settings)
-    assert before > 1.2 * within
+    assert before > 0.15
     assert_learnt(student, data, within)
 
 

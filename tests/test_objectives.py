@@ -341,12 +341,14 @@ def test_settings_that_contradict_each_other_are_refused(name, settings, words):
         check_objective(name, settings, NUM_STEPS, 10)
 
 
-def test_dmd_trains_each_expert_s_fake_score_by_its_share_of_the_times():
-    def field():
-        return types.SimpleNamespace(transformer=nn.Linear(1, 1), dtype=torch.float64)
+def teacher_of_experts(*t_mins: float) -> Teacher:
+    """One that has networks to copy, and is not asked."""
+    fields = [types.SimpleNamespace(transformer=nn.Linear(1, 1), dtype=torch.float64) for _ in t_mins]
+    return Teacher([Expert(f, 1.0, t) for f, t in zip(fields, t_mins, strict=True)], torch.zeros(1, 4))
 
-    experts = [Expert(field(), 1.0, 0.875), Expert(field(), 1.0, 0.0)]
-    setup = Setup(Teacher(experts, torch.zeros(1, 4)), None, GRID, SHIFT, first_step=100)
+
+def test_dmd_trains_each_expert_s_fake_score_by_its_share_of_the_times():
+    setup = Setup(teacher_of_experts(0.875, 0.0), None, GRID, SHIFT, first_step=100)
     objective = build_objective("dmd", setup, {"fake_score": "full", "fake_updates": 2, "fake_warmup_steps": 3})
     plans = [objective.schedule(step) for step in range(100, 1100)]
     assert all(len(p) == 2 and "student" not in p for p in plans[:3])
@@ -362,8 +364,7 @@ def test_dmd_trains_each_expert_s_fake_score_by_its_share_of_the_times():
 
 def test_dmd_leaves_out_steps_behind_which_no_time_is_left():
     """The first of 30 steps leads to u = .999 · 29 / 30 = .965, not .02 below the last score's .98."""
-    expert = types.SimpleNamespace(transformer=nn.Linear(1, 1), dtype=torch.float64)
-    setup = Setup(Teacher([Expert(expert, 1.0, 0.0)], torch.zeros(1, 4)), None, few_step_grid(30, SHIFT), SHIFT)
+    setup = Setup(teacher_of_experts(0.0), None, few_step_grid(30, SHIFT), SHIFT)
     objective = build_objective("dmd", setup, {"fake_score": "full"})
     assert objective._exits(0) == list(range(1, 30))
 
@@ -377,8 +378,8 @@ def test_dmd_looks_at_the_contrast_of_all_micro_batches(monkeypatch):
         return types.SimpleNamespace(latents=wide.view(-1, 1, 1, 1, 1) * start / start.std((1, 2, 3, 4), keepdim=True))
 
     monkeypatch.setattr("distillation.objectives.dmd.rollout", drawn)
-    student, expert = object(), types.SimpleNamespace(transformer=nn.Linear(1, 1), dtype=torch.float64)
-    setup = Setup(Teacher([Expert(expert, 1.0, 0.0)], torch.zeros(1, 4)), student, GRID, SHIFT)
+    student = object()
+    setup = Setup(teacher_of_experts(0.0), student, GRID, SHIFT)
     settings = {"fake_score": "full", "contrast_every": 2, "contrast_warning": 0.1, "contrast_stop": 0.3}
     objective = build_objective("dmd", setup, settings)
 

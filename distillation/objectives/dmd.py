@@ -118,7 +118,7 @@ class Objective(objective.Objective):
         return Work(
             trained=1 + anchor,
             at_once=1 + anchor,
-            guided=1 + anchor * settings.anchor_substeps + looked * settings.anchor_substeps,
+            guided=1 + (anchor + looked) * settings.anchor_substeps,
             drawn=before + fakes * (before + 1) + looked,
             fake=1,
             fake_trained=fakes,
