@@ -6,6 +6,7 @@ position for itself: its channels are the dimensions.
 """
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -365,18 +366,35 @@ class FlowMap(nn.Module):
         return torch.where(t > 0, (x_t - x0) / t.clamp(min=1e-9), 0.0)
 
 
-def test_consistency_s_loss_vanishes_on_the_exact_flow_map():
+@pytest.mark.parametrize("states", ["teacher", "student"])
+def test_consistency_s_loss_vanishes_on_the_exact_flow_map(states):
     """Its error is that of one Euler step, (Δt)², so that twice as fine a grid leaves a sixteenth of the square."""
     teacher = teacher_of(Mixture([1.0], [[0.8]], [0.5]))
 
     def loss(student: FlowMap, substeps: int) -> float:
         setup = Setup(teacher, student, GRID, SHIFT, student)
-        settings = vars(default_settings("consistency")) | {"teacher_substeps": substeps, "huber_c": 0.0}
+        settings = vars(default_settings("consistency")) | {
+            "states": states,
+            "teacher_substeps": substeps,
+            "huber_c": 0.0,
+        }
         return build_objective("consistency", setup, settings).loss("student", batch_of(), noise_of(0, 0, 1))[0].item()
 
     exact = [loss(FlowMap(0.8, 0.5), n) for n in (16, 32, 64)]
     assert exact[0] < 1e-4 and all(10 < a / b < 22 for a, b in zip(exact[:-1], exact[1:], strict=True)), exact
     assert loss(FlowMap(0.8, 0.9), 64) > 100 * exact[2]
+
+
+def test_consistency_on_own_pictures_takes_one_exact_step_from_what_it_noised():
+    data, n = Mixture(**LINE), 64
+    setup = Setup(teacher_of(data), lambda x, t, text: (x - 0.8) / t, GRID, SHIFT)  # whose pictures are all 0.8
+    settings = vars(default_settings("consistency")) | {"states": "student", "target_decay": 0.0}
+    objective = build_objective("consistency", setup, settings)
+    x_t, t, x_s, s, _ = objective._on_own_pictures(batch_of(n), noise_of(0, 0, 1))
+    assert set(zip(t.tolist(), s.tolist(), strict=True)) <= set(pairwise(objective.grid.sigmas))
+    torch.testing.assert_close(x_s, x_t - (t - s).view(-1, 1, 1, 1, 1) * data(x_t, t))
+    levels = t.view(-1, 1, 1, 1, 1)
+    assert ((x_t - (1 - levels) * 0.8) / levels).std() == pytest.approx(1, abs=0.03)
 
 
 class Told(nn.Module):
