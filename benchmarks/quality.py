@@ -390,8 +390,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--student", nargs="+", action="extend", default=[], help="one or more exported students, drawn unguided")
     add("--count", type=at_least_one, default=512, help="held-out captions, or the first prompts of the file (512)")
     add("--prompts", type=Path, metavar="FILE", help="a .txt or .jsonl of prompts instead of held-out captions")
-    add("--height", type=at_least_one, default=SIZE, help=f"of a picture, in pixels ({SIZE})")
-    add("--width", type=at_least_one, default=SIZE, help=f"({SIZE})")
+    add("--height", type=at_least_one, help=f"of a picture, in pixels (what the students' exports say, else {SIZE})")
+    add("--width", type=at_least_one, help="likewise")
     add("--batch_size", type=at_least_one, default=64, help="pictures drawn at once (64)")
     add("--guidance_scale", type=float, default=4.0, help="the teacher's (4)")
     add("--guidance_scale_2", type=float, help="of its low-noise expert (as --guidance_scale)")
@@ -410,10 +410,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def student_steps(folder: Path) -> int:
-    """How many steps an exported student says that it draws in."""
+def how_it_draws(folder: Path) -> dict:
+    """The steps, height and width that an exported student says that it draws with; empty where it does not say."""
     path = folder / DRAWING_FILE
-    return json.loads(path.read_text(encoding="utf-8"))["num_inference_steps"] if path.exists() else STUDENT_STEPS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def size_of(students: list[TeacherInfo], key: str, flag: str) -> int:
+    """The height or width that the students draw with. Raises UserError where they differ."""
+    sizes = sorted({how_it_draws(student.folder).get(key, SIZE) for student in students} or {SIZE})
+    if len(sizes) > 1:
+        raise UserError(f"{flag}: the students draw with {', '.join(map(str, sizes))} pixels; accepted: one for all")
+    return sizes[0]
 
 
 @dataclass(frozen=True)
@@ -428,8 +436,9 @@ class Job:
     guidance_scale_2: float | None = None
 
 
-def make_jobs(args: argparse.Namespace) -> list[Job]:
-    """Teacher first, then students. Raises UserError for a path without such a pipeline, or what it cannot draw."""
+def make_jobs(args: argparse.Namespace) -> tuple[list[Job], int, int]:
+    """Teacher first, then students; height and width. Raises UserError for a path without such a pipeline, or what it
+    cannot draw."""
     teacher = inspect_teacher(args.teacher, flag="--teacher")
     if args.guidance_scale_2 is not None and teacher.boundary_ratio is None:
         raise UserError(f"--guidance_scale_2: {teacher.name} has one expert; accepted here: --guidance_scale")
@@ -437,12 +446,14 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
     jobs = [Job(args.teacher, "teacher", source_of(teacher), args.teacher_steps, *scales)]
     students = [inspect_teacher(name, flag="--student") for name in args.student]
     for name, student in zip(args.student, students, strict=True):
-        steps = args.student_steps or student_steps(student.folder)
+        steps = args.student_steps or how_it_draws(student.folder).get("num_inference_steps", STUDENT_STEPS)
         jobs.append(Job(name, "student", source_of(student), [steps]))
+    height = args.height or size_of(students, "height", "--height")
+    width = args.width or size_of(students, "width", "--width")
     for info in (teacher, *students):
-        check_pixels("--height", args.height, info.pixels_per_patch)
-        check_pixels("--width", args.width, info.pixels_per_patch)
-    return jobs
+        check_pixels("--height", height, info.pixels_per_patch)
+        check_pixels("--width", width, info.pixels_per_patch)
+    return jobs, height, width
 
 
 def source_of(info: TeacherInfo) -> str | Path:
@@ -450,10 +461,10 @@ def source_of(info: TeacherInfo) -> str | Path:
 
 
 def run(args: argparse.Namespace) -> None:
-    jobs = make_jobs(args)  # wrong paths are found before anything is drawn
+    jobs, height, width = make_jobs(args)  # wrong paths are found before anything is drawn
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(args.dtype, device, flag="--dtype")
-    settings = Settings(args.seed, args.batch_size, args.height, args.width, not args.no_fold, device, dtype)
+    settings = Settings(args.seed, args.batch_size, height, width, not args.no_fold, device, dtype)
     captions = read_prompts(args.prompts)[: args.count] if args.prompts else held_out_captions(args.count, args.seed)
     with_features = are_installed() if args.features is None else args.features
     if with_features and len(captions) < 2:

@@ -171,6 +171,12 @@ class Objective:
         """What the objective holds besides student and teacher, where `student` parameters are trained."""
         return Own()
 
+    @staticmethod
+    def state_settings(settings) -> dict:
+        """The settings, by name, that `state_dict` and the trained networks depend on: a phase that has begun keeps
+        them on resume."""
+        return {}
+
     def use(self, wrapped: dict[str, nn.Module]) -> None:
         """Takes `networks()` back as training calls them, wrapped for data parallelism: losses must go through these,
         or gradients stay on their own rank."""
@@ -291,6 +297,12 @@ def own_parameters(name: str, settings: dict, student: int, experts: list[WanSiz
     """What an objective holds besides student and teacher."""
     file = _file_of(name)
     return file.Objective.own_parameters(file.Settings(**settings), student, experts)
+
+
+def state_settings(name: str, settings: dict) -> dict:
+    """What must stay as it is within a phase."""
+    file = _file_of(name)
+    return file.Objective.state_settings(file.Settings(**settings))
 
 
 def build_objective(name: str, setup: Setup, settings: dict) -> Objective:

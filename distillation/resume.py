@@ -15,7 +15,7 @@ from config.config import Config, Phase
 from config.errors import UserError
 from data.files import read_json_lines, whole_file
 from distillation.ema import EMA
-from distillation.objective import Objective
+from distillation.objective import Objective, state_settings
 from distillation.plan import Plan
 from distillation.progress import Progress
 from distillation.trained import Trained
@@ -101,6 +101,16 @@ class Resumed:
                 )
         if len(phases) < began:
             raise UserError(f"{where}: is in phase {began}, and there are {len(phases)} phases now; give them all")
+        was, now = (
+            state_settings(each["objective"], each["settings"])
+            for each in (old["phases"][began - 1], phases[began - 1])
+        )
+        for name in was | now:
+            if was.get(name) != now.get(name):
+                first, wanted = was.get(name, "not set"), now.get(name, "not set")
+                raise UserError(
+                    f"{where}: its phase {began} has {name} {first}, not {wanted}; a phase that has begun keeps that"
+                )
         return [f"{k}: {was} → {now}" for k, was, now in _differences(old, new)]
 
     def restore_run(self, student: nn.Module, ema: EMA | None, prompts: Any, progress: Progress) -> None:

@@ -1,8 +1,10 @@
 """The yardstick measures what it says: right captions, all forwards, and the literal stock pipeline's pictures."""
 
 import json
+import os
 import random
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from PIL import Image
 
 from benchmarks import features, gpu, landscapes, objectives, quality, shapes, training
 from config.config import load_config
+from config.errors import UserError
 from data.scenes import draw, parse_caption
 from distillation.objective import settings_of
 from distillation.plan import make_plan
@@ -83,6 +86,26 @@ def test_command(random_single_pipeline_dir, tmp_path, capsys):
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert [(r["role"], r["steps"], r["forwards_per_picture"]) for r in rows] == [("teacher", 2, 4), ("student", 1, 1)]
     assert "captions right" in capsys.readouterr().out and (tmp_path / "new" / "grid.png").stat().st_size > 1000
+
+
+def test_students_are_drawn_as_large_as_they_say(random_single_pipeline_dir, tmp_path, monkeypatch, capsys):
+    sizes = {"wide": (32, 48), "the_same": (32, 48), "tall": (48, 48), "silent": (64, 64)}
+    for name, (height, width) in sizes.items():
+        shutil.copytree(random_single_pipeline_dir, tmp_path / name, copy_function=os.symlink)
+        if name != "silent":
+            drawing = {"height": height, "width": width, "num_inference_steps": 3}
+            (tmp_path / name / "distillation.json").write_text(json.dumps(drawing))
+
+    def drawn_at(names: list[str], *more: str):
+        given = ["--teacher", str(random_single_pipeline_dir), "--student", *(str(tmp_path / name) for name in names)]
+        jobs, height, width = quality.make_jobs(quality.build_parser().parse_args([*given, *more]))
+        return [job.steps for job in jobs[1:]], height, width
+
+    assert drawn_at(["wide", "the_same"]) == ([[3], [3]], 32, 48)
+    assert drawn_at(["silent"]) == ([[4]], 64, 64)
+    assert drawn_at(["wide", "tall"], "--height", "96") == ([[3], [3]], 96, 48)
+    with pytest.raises(UserError, match="--height: the students draw with 32, 48 pixels; accepted: one for all"):
+        drawn_at(["wide", "tall"])
 
 
 def mean_colours(pictures: list[Image.Image]) -> torch.Tensor:

@@ -262,6 +262,33 @@ def test_another_number_of_ranks_goes_on_at_the_same_step_and_prompt(
     ]  # fmt: skip
 
 
+BEGUN = {  # flags of a run, and what a resumed one cannot have instead
+    "--objective trajectory": {
+        "--teach student --teacher_substeps 2": "its phase 1 has teach teacher, not student",
+        "--objective velocity": "its phase 1 is trajectory, not velocity",
+        "--lora_rank 2": "its student has another shape",
+    },
+    "--objective consistency --target_decay 0 --teacher_substeps 1": {
+        "--target_decay 0.9": "its phase 1 has target_decay 0, not above 0",
+    },
+    "--objective dmd --fake_lora_rank 2 --fake_updates 1": {
+        "--fake_score full": "its phase 1 has fake_score lora, not full",
+        "--fake_lora_rank 4": "its phase 1 has fake_lora_rank 2, not 4",
+    },
+}
+
+
+@pytest.mark.parametrize("flags", BEGUN)
+def test_what_a_checkpoint_s_state_depends_on_cannot_be_changed(flags, random_pipeline_dir, tmp_path):
+    (tmp_path / "recipe.toml").write_text("")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    run_ranks(_go, 1, random_pipeline_dir, tmp_path / "out", *flags.split(), "--num_steps", "1")
+    for changed, words in BEGUN[flags].items():
+        more = [*flags.split(), "--num_steps", "2", "--resume_from_checkpoint", "latest", *changed.split()]
+        with pytest.raises(UserError, match=f"--resume_from_checkpoint .*: {words}"):
+            _go(ALONE, random_pipeline_dir, tmp_path / "out", *more)
+
+
 def test_what_a_killed_writer_leaves_is_no_checkpoint_and_goes_at_the_next_start(tmp_path):
     save(tmp_path, 1)
     (tmp_path / ".step_00000002.tmp" / "student").mkdir(parents=True)

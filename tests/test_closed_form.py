@@ -220,7 +220,7 @@ def test_four_steps_of_the_teacher_are_not_enough():
     """What the students have to beat."""
     for mixture in (LINE, PLANE):
         data = Mixture(**mixture)
-        assert wasserstein(drawn(data, data.means.shape[1]), data.draw(4096)) > 0.15
+        assert wasserstein(drawn(data, data.means.shape[1]), data.draw(4096)) > 0.25
 
 
 # ------------------------------------------------------------------------------------------------ students
@@ -270,21 +270,26 @@ def test_dmd_learns_the_distribution(mixture, within):
     before = wasserstein(samples, data.draw(len(samples)))
     settings = {"fake_score": "full", "fake_learning_rate": 4e-3, "fake_updates": 3, "fake_warmup_steps": 30}
     train(setup, "dmd", 800, 1e-3, momentum=0.0, score_shift=1.0, **settings)
-    assert before > 0.15
+    assert before > 1.35 * within
     assert_learnt(student, data, within)
 
 
 # ------------------------------------------------------------------------------------------------ single losses
 
 
-def test_dmd_s_direction_is_the_difference_of_the_scores():
-    """x̂₀ = (x + t²·∇log p_t(x)) / (1 − t) (Tweedie), the scores by automatic differentiation of the densities."""
-    data, other = Mixture(**PLANE), Mixture([0.5, 0.5], [[0.4, 1.0], [-1.0, 0.3]], [0.5, 0.2])
-    setup = Setup(teacher_of(data), Student(2), GRID, SHIFT)
+@pytest.mark.parametrize("expert", [0, 1])
+def test_dmd_s_direction_is_the_difference_of_the_scores(expert):
+    """x̂₀ = (x + t²·∇log p_t(x)) / (1 − t) (Tweedie), the scores by automatic differentiation of the densities; each
+    expert of the teacher and its own fake score have others."""
+    fields = [Mixture(**PLANE), Mixture([0.2, 0.8], [[1.0, -0.4], [0.3, 0.9]], [0.3, 0.6])]
+    fakes = [Mixture([0.5, 0.5], [[0.4, 1.0], [-1.0, 0.3]], [0.5, 0.2]), Mixture([1.0], [[0.1, -0.7]], [0.8])]
+    experts = [Expert(field, 1.0, t_min) for field, t_min in zip(fields, (0.875, 0.0), strict=True)]
+    setup = Setup(Teacher(experts, torch.zeros(1, 4)), Student(2), GRID, SHIFT)
     objective = build_objective("dmd", setup, vars(default_settings("dmd")) | {"fake_score": "full"})
-    objective.use({"fake_score": other})
+    objective.use(dict(zip(("fake_score", "fake_score_2"), fakes, strict=True)))
+    data, other = fields[expert], fakes[expert]
     x0, x_t, t = torch.randn(16, 2, 1, 1, 1), torch.randn(16, 2, 1, 1, 1), torch.rand(16) * 0.9 + 0.05
-    direction = objective.direction(x0, x_t, t, torch.zeros(16, 5, 5), 0).flatten(1)
+    direction = objective.direction(x0, x_t, t, torch.zeros(16, 5, 5), expert).flatten(1)
     x = x_t.flatten(1).requires_grad_()
     scores = [torch.autograd.grad(mixture.log_density(x, t).sum(), x)[0] for mixture in (other, data)]
     factor = (t.square() / (1 - t))[:, None]

@@ -208,6 +208,25 @@ def test_trajectory_s_targets_jump_along_the_teacher_s_rollout(teacher, student,
     assert not any(figure.requires_grad for figure in metrics.values())
 
 
+@pytest.mark.parametrize("prompts", [1, BATCH])
+def test_trajectory_s_error_of_each_step_is_that_of_all_its_pairs(teacher, student, batch, prompts):
+    """Over all updates that share a rollout, some of which lack a step: one prompt's 4 pairs go to 3 updates."""
+    batch = Batch(batch.prompt_indices[:prompts], batch.prompt_embeds[:prompts], batch.prompt_mask[:prompts])
+    settings = {"teacher_substeps": SUBSTEPS, "updates_per_rollout": 3, "rollout_passes": 2}
+    objective = build_objective("trajectory", Setup(teacher, student, GRID, SHIFT), settings)
+    told = {f"loss_step_{k}": 0.0 for k in range(NUM_STEPS)}
+    errors = {time: [] for time in GRID.times}
+    for i, _ in enumerate(updates := objective.schedule(0)):
+        loss, figures = objective.loss("student", batch, noise_of(i))
+        loss.backward()
+        told = {key: total + figures[key].item() / len(updates) for key, total in told.items()}
+        x_t, t, _, v = student.asked[i]
+        for time, each in zip(t.tolist(), (v - student.targets(i)).detach().square().mean((1, 2, 3, 4)), strict=True):
+            errors[time].append(each.item())
+    assert all(len(found) == 2 * prompts for found in errors.values())
+    assert list(told.values()) == pytest.approx([sum(found) / len(found) for found in errors.values()])
+
+
 def test_trajectory_of_straight_paths_is_the_velocity_itself(student, batch):
     """Where all data is one point, every path is straight: jumps of any length have v = ε − x₀."""
     point = 0.6
@@ -369,8 +388,9 @@ def test_dmd_leaves_out_steps_behind_which_no_time_is_left():
     assert objective._exits(0) == list(range(1, 30))
 
 
-def test_dmd_looks_at_the_contrast_of_all_micro_batches(monkeypatch):
-    """Each one's pictures have the spread of their prompt's number; the teacher's have 1."""
+@pytest.fixture
+def look(monkeypatch):
+    """(step, *spreads) → what dmd remarks: a micro-batch each, of pictures with that spread; the teacher's have 1."""
     monkeypatch.setattr("distillation.objectives.dmd.read_text", lambda batch, like: batch.prompt_embeds)
 
     def drawn(field, start, grid, text):
@@ -383,14 +403,28 @@ def test_dmd_looks_at_the_contrast_of_all_micro_batches(monkeypatch):
     settings = {"fake_score": "full", "contrast_every": 2, "contrast_warning": 0.1, "contrast_stop": 0.3}
     objective = build_objective("dmd", setup, settings)
 
-    def look(step, *spreads):
+    def look_at(step, *spreads):
         parts = [Batch([0], torch.full((1, 1, 1), s), torch.ones(1, 1, dtype=torch.bool)) for s in spreads]
         return objective.look(step, ((part, noise_of()) for part in parts), lambda tensor: tensor)
 
+    return look_at
+
+
+def test_dmd_looks_at_the_contrast_of_all_micro_batches(look):
     assert look(1, 0.9, 1.1) is None and look(2, 5.0) is None  # not its turn
     assert look(3, 0.8, 1.2) is None and look(3, 1.0, math.nan) is None
-    assert look(5, 1.4, 1.6).words == "step 5: contrast is 115% of the teacher's, it was 100% when dmd began"
+    assert look(5, 1.4, 1.6).words == "step 5: contrast is 125% of the teacher's, it was 100% when dmd began"
     assert look(7, 2.0, 2.0).ends_phase
+
+
+@pytest.mark.parametrize(
+    "first, later, ends", [(0.7, 1.0, None), (0.7, 1.6, False), (0.7, 2.1, True), (1.3, 0.4, False)]
+)
+def test_dmd_may_bring_contrast_to_the_teacher_s_but_not_beyond(first, later, ends, look):
+    """As seen in the running mean, halfway between the two."""
+    assert look(1, first) is None
+    remark = look(3, later)
+    assert (remark and remark.ends_phase) is ends
 
 
 @pytest.mark.parametrize("updates", [1, 3])

@@ -69,6 +69,10 @@ class Objective(objective.Objective):
     def own_parameters(settings: Settings, student: int, experts: list[WanSize]) -> Own:
         return Own(frozen=student if settings.target_decay else 0)
 
+    @staticmethod
+    def state_settings(settings: Settings) -> dict:
+        return {"target_decay": "0" if settings.target_decay == 0 else "above 0"}
+
     def schedule(self, step: int) -> tuple[str, ...]:
         return ("student",) * (self.settings.updates_per_rollout * self.settings.rollout_passes)
 

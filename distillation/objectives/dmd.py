@@ -49,7 +49,7 @@ from sampling.ddim import ddim_step, rollout
 
 SCORE_TIMES = (0.02, 0.98)  # before the shift; high noise must be among them
 GOLDEN_RATIO = 0.6180339887498949  # its multiples, modulo 1, fill [0, 1) evenly
-CONTRAST_MEMORY = 0.7  # share of what was seen before, in the running mean
+CONTRAST_MEMORY = 0.5  # share of what was seen before, in the running mean
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,11 @@ class Objective(objective.Objective):
         if settings.fake_score == "full":
             return Own(trained=sum(expert.parameters for expert in experts))
         return Own(trained=sum(expert.adapters(settings.fake_lora_rank) for expert in experts), adapters=True)
+
+    @staticmethod
+    def state_settings(settings: Settings) -> dict:
+        rank = {"fake_lora_rank": settings.fake_lora_rank} if settings.fake_score == "lora" else {}
+        return {"fake_score": settings.fake_score} | rank
 
     def close(self) -> None:
         remove_fake_adapters(self.setup.teacher)
@@ -221,7 +226,7 @@ class Objective(objective.Objective):
     @torch.no_grad()
     def look(self, step: int, batches: Iterable[tuple[Batch, Noise]], mean) -> Remark | None:
         """Late in dmd contrast tends to rise: the student's is compared with the teacher's now and then, and what
-        counts is how far it has gone from where this phase found it, away from the teacher's."""
+        counts is how far it has left what lies between where this phase found it and the teacher's."""
         done = step - self.setup.first_step - self.settings.fake_warmup_steps  # of the student's own steps
         if done < 1 or (done - 1) % self.settings.contrast_every:
             return None
@@ -240,7 +245,7 @@ class Objective(objective.Objective):
         first, before = self._contrast
         now = CONTRAST_MEMORY * before + (1 - CONTRAST_MEMORY) * student / teacher
         self._contrast = [first, now]
-        drift = abs(now - 1) - abs(first - 1)
+        drift = max(now - max(first, 1.0), min(first, 1.0) - now)
         if drift <= self.settings.contrast_warning:
             return None
         words = f"step {step}: contrast is {now:.0%} of the teacher's, it was {first:.0%} when dmd began"

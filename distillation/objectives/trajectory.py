@@ -78,6 +78,10 @@ class Objective(objective.Objective):
     def own_parameters(settings: Settings, student: int, experts: list[WanSize]) -> Own:
         return Own(frozen=student if settings.teach == "student" else 0)
 
+    @staticmethod
+    def state_settings(settings: Settings) -> dict:
+        return {"teach": settings.teach}
+
     def schedule(self, step: int) -> tuple[str, ...]:
         return ("student",) * (self.settings.updates_per_rollout * self.settings.rollout_passes)
 
@@ -85,7 +89,7 @@ class Objective(objective.Objective):
         k, x_k, text, target = self.deck.deal(noise, lambda: self._pairs(batch, noise))
         v = self.setup.student(x_k, on_device(self.grid.times, x_k.device, x_k.dtype)[k], text)
         errors = (v - target).detach().square().mean((1, 2, 3, 4))  # (n,)
-        return distance(v, target, self.settings.huber_c), self._by_step(errors, k)
+        return distance(v, target, self.settings.huber_c), self._by_step(errors, k, len(batch.prompt_indices))
 
     def state_dict(self) -> dict:
         return {"guide": self._copy.state_dict()} if self._copy else {}
@@ -94,13 +98,12 @@ class Objective(objective.Objective):
         if self._copy:
             self._copy.load_state_dict(state["guide"])
 
-    def _by_step(self, errors: torch.Tensor, k: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The mean error of each of the grid's steps. Ranks average these: each must have them all, and where its share
-        happens to lack a step the mean over all stands in."""
+    def _by_step(self, errors: torch.Tensor, k: torch.Tensor, prompts: int) -> dict[str, torch.Tensor]:
+        """The error of each of the grid's steps, such that the mean over all updates that share a rollout is that over
+        all its prompts: a single share may have much of one step, and none of another."""
         of_step = k == torch.arange(len(self.grid), device=k.device)[:, None]  # (K, n)
-        counts = of_step.sum(1)
-        means = torch.where(counts > 0, (of_step * errors).sum(1) / counts, errors.mean())
-        return {f"loss_step_{i}": mean for i, mean in enumerate(means)}
+        sums = (of_step * errors).sum(1) * (self.settings.updates_per_rollout / prompts)
+        return {f"loss_step_{i}": each for i, each in enumerate(sums)}
 
     @torch.no_grad()
     def _pairs(self, batch: Batch, noise: Noise) -> tuple[torch.Tensor, ...]:
