@@ -2,6 +2,7 @@
 
     python benchmarks/objectives.py                             # trains what is not there yet, then measures all
     python benchmarks/objectives.py --seeds 0 --only velocity dmd --count 128
+    python benchmarks/objectives.py --seeds 0 --search           # the demo's and dmd's, one thing changed each
 
 No training asks the teacher much more often than the demo's does. One takes 2 to 7 minutes on two cores, measuring it
 one or two. In brackets stand the smallest and the largest of the seeds.
@@ -58,12 +59,43 @@ RECIPES = {  # name: steps of the student, phases
     ),
     "trajectory in one step": (1, [phase("trajectory", 120, lr_warmup_steps=10, teacher_substeps=16)]),
 }
+ALONE, AFTER = RECIPES["dmd"][1][0], RECIPES["trajectory, then dmd"][1][1]
+SEARCH = {  # the same
+    "learning_rate 1e-3": (4, [TRAJECTORY | {"learning_rate": 1e-3}]),
+    "learning_rate 2.5e-4": (4, [TRAJECTORY | {"learning_rate": 2.5e-4}]),
+    "updates_per_rollout 1": (4, [TRAJECTORY | {"updates_per_rollout": 1}]),
+    "updates_per_rollout 4": (4, [TRAJECTORY | {"updates_per_rollout": 4}]),
+    "teacher_substeps 2": (4, [TRAJECTORY | {"teacher_substeps": 2}]),
+    "huber_c 0.03": (4, [TRAJECTORY | {"huber_c": 0.03}]),
+    "velocity, then trajectory": (
+        4,
+        [
+            TRAJECTORY | {"objective": "velocity", "steps": 40},
+            TRAJECTORY | {"steps": 80, "lr_warmup_steps": 5},
+        ],
+    ),
+    "trajectory, then own states": (
+        4,
+        [
+            TRAJECTORY | {"steps": 80},
+            TRAJECTORY | {"steps": 40, "learning_rate": 2e-4, "lr_warmup_steps": 5, "states": "student"},
+        ],
+    ),
+    "dmd, pictures": (4, [ALONE | {"match": "picture"}]),
+    "dmd, lora": (4, [ALONE | {"fake_score": "lora"}]),
+    "dmd, anchored": (4, [ALONE | {"anchor_weight": 1.0}]),
+    "trajectory, then dmd, lora": (4, [TRAJECTORY, AFTER | {"fake_score": "lora"}]),
+}
+
+
+def recipe_of(name: str) -> tuple[int, list[dict]]:
+    return (RECIPES | SEARCH)[name]
 
 
 def teacher_forwards(name: str) -> int:
     """Of an expert, one latent each, in the whole training; a guided one is two. dmd's looks at contrast are counted as
     many as come to its steps on average."""
-    steps, phases = RECIPES[name]
+    steps, phases = recipe_of(name)
     prompts = RANKS * tomllib.loads(BASE.read_text())["train_batch_size"]
     total = 0.0
     for one in phases:
@@ -81,7 +113,7 @@ def in_paths(name: str) -> str:
 def flags_of(name: str, folder: Path) -> list[str]:
     """Writes the recipe into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    steps, phases = RECIPES[name]
+    steps, phases = recipe_of(name)
     recipe = folder.resolve() / f"{in_paths(name)}.toml"
     recipe.write_text(BASE.read_text().partition("[[phase]]")[0] + "\n".join(map(as_toml, phases)))
     return ["--config", str(recipe), "--student_steps", str(steps), "--no_save_samples"]
@@ -154,13 +186,15 @@ def spread(values: list[float], form: str = ".2f") -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--only", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=[*RECIPES, *SEARCH], metavar="NAME", help="some of them")
+    parser.add_argument("--search", action="store_true", help="what was tried of the demo's recipe and dmd's, instead")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--count", type=at_least_one, default=512, help="held-out captions (512)")
     parser.add_argument("--output", type=Path, default=Path("outputs/objectives"), help="the students' folder")
     args = parser.parse_args(argv)
-    students = [train(name, seed, args.output) for name in args.only for seed in args.seeds]
-    print(table(args.only, len(args.seeds), measure(students, args.count, args.output)))
+    names = args.only or list(SEARCH if args.search else RECIPES)
+    students = [train(name, seed, args.output) for name in names for seed in args.seeds]
+    print(table(names, len(args.seeds), measure(students, args.count, args.output)))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from benchmarks.features import Features, are_installed, contrast, frechet_dista
 from config.errors import UserError
 from data.prompts import read_prompts
 from data.scenes import PALETTE, PLACES, RADII, RELATIONS, SHAPES, SIZE, parse_caption, random_scenes, read
-from models.export import DRAWING_FILE
+from models.export import read_drawing
 from models.folding import fold_text_attention, fold_texts, fold_time
 from models.student import check_pixels
 from models.teacher import DTYPES, TeacherInfo, encode_text, inspect_teacher, resolve_dtype
@@ -410,17 +410,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def how_it_draws(folder: Path) -> dict:
-    """The steps, height and width that an exported student says that it draws with; empty where it does not say."""
-    path = folder / DRAWING_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def size_of(students: list[TeacherInfo], key: str, flag: str) -> int:
-    """The height or width that the students draw with. Raises UserError where they differ."""
-    sizes = sorted({how_it_draws(student.folder).get(key, SIZE) for student in students} or {SIZE})
+def size_of(drawings: list[dict], key: str) -> int:
+    """The "height" or "width" that the students draw with. Raises UserError where they differ."""
+    sizes = sorted({drawing.get(key, SIZE) for drawing in drawings} or {SIZE})
     if len(sizes) > 1:
-        raise UserError(f"{flag}: the students draw with {', '.join(map(str, sizes))} pixels; accepted: one for all")
+        raise UserError(f"--{key}: the students draw with {', '.join(map(str, sizes))} pixels; accepted: one for all")
     return sizes[0]
 
 
@@ -445,11 +439,12 @@ def make_jobs(args: argparse.Namespace) -> tuple[list[Job], int, int]:
     scales = (args.guidance_scale, args.guidance_scale_2)
     jobs = [Job(args.teacher, "teacher", source_of(teacher), args.teacher_steps, *scales)]
     students = [inspect_teacher(name, flag="--student") for name in args.student]
-    for name, student in zip(args.student, students, strict=True):
-        steps = args.student_steps or how_it_draws(student.folder).get("num_inference_steps", STUDENT_STEPS)
+    drawings = [read_drawing(student.folder) for student in students]
+    for name, student, drawing in zip(args.student, students, drawings, strict=True):
+        steps = args.student_steps or drawing.get("num_inference_steps", STUDENT_STEPS)
         jobs.append(Job(name, "student", source_of(student), [steps]))
-    height = args.height or size_of(students, "height", "--height")
-    width = args.width or size_of(students, "width", "--width")
+    height = args.height or size_of(drawings, "height")
+    width = args.width or size_of(drawings, "width")
     for info in (teacher, *students):
         check_pixels("--height", height, info.pixels_per_patch)
         check_pixels("--width", width, info.pixels_per_patch)

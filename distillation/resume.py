@@ -105,12 +105,10 @@ class Resumed:
             state_settings(each["objective"], each["settings"])
             for each in (old["phases"][began - 1], phases[began - 1])
         )
-        for name in was | now:
-            if was.get(name) != now.get(name):
-                first, wanted = was.get(name, "not set"), now.get(name, "not set")
-                raise UserError(
-                    f"{where}: its phase {began} has {name} {first}, not {wanted}; a phase that has begun keeps that"
-                )
+        for name, first, wanted in _differences(was, now):
+            raise UserError(
+                f"{where}: its phase {began} has {name} {first}, not {wanted}; a phase that has begun keeps that"
+            )
         return [f"{k}: {was} → {now}" for k, was, now in _differences(old, new)]
 
     def restore_run(self, student: nn.Module, ema: EMA | None, prompts: Any, progress: Progress) -> None:

@@ -210,10 +210,15 @@ def _write_json(content: dict, path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ reading it again
 
 
+def read_drawing(folder: Path) -> dict:
+    """How an exported student draws, as its `DRAWING_FILE` says; {} without one."""
+    return _read_json(folder / DRAWING_FILE) if (folder / DRAWING_FILE).is_file() else {}
+
+
 def inspect_student(
     path: str, flow_shift: float | None, teacher: str | None, revision: str | None
 ) -> tuple[TeacherInfo, dict]:
-    """A finished student's pipeline, and what stands in its `DRAWING_FILE`, {} without one. Nothing heavy is read.
+    """A finished student's pipeline, and `read_drawing` of it. Nothing heavy is read.
 
     Args:
         path: a folder or a hub id; of a LoRA, a folder.
@@ -223,7 +228,7 @@ def inspect_student(
     Raises UserError where there is no student, or no teacher for a LoRA.
     """
     folder = Path(path)
-    drawing = _read_json(folder / DRAWING_FILE) if (folder / DRAWING_FILE).is_file() else {}
+    drawing = read_drawing(folder)
     if not (folder / LORA_FILE).is_file():
         info = inspect_teacher(path, flow_shift=flow_shift, flag="--student_path")
         if info.boundary_ratio is not None:

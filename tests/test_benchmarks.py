@@ -88,7 +88,7 @@ def test_command(random_single_pipeline_dir, tmp_path, capsys):
     assert "captions right" in capsys.readouterr().out and (tmp_path / "new" / "grid.png").stat().st_size > 1000
 
 
-def test_students_are_drawn_as_large_as_they_say(random_single_pipeline_dir, tmp_path, monkeypatch, capsys):
+def test_students_are_drawn_as_large_as_they_say(random_single_pipeline_dir, tmp_path):
     sizes = {"wide": (32, 48), "the_same": (32, 48), "tall": (48, 48), "silent": (64, 64)}
     for name, (height, width) in sizes.items():
         shutil.copytree(random_single_pipeline_dir, tmp_path / name, copy_function=os.symlink)
@@ -281,12 +281,12 @@ def test_a_landscape_shows_what_its_caption_says(field, other):
     assert where[field].mean() > 0.2
 
 
-@pytest.mark.parametrize("name", objectives.RECIPES)
+@pytest.mark.parametrize("name", [*objectives.RECIPES, *objectives.SEARCH])
 def test_the_recipes_of_every_objective_are_accepted(name, tmp_path):
     config = load_config([*objectives.flags_of(name, tmp_path), "--output_dir", str(tmp_path)], settings_of)
     ranks = Ranks(0, 1, 0, 1, torch.device("cpu"), launched_by_torchrun=False)
     assert [p.objective for p in make_plan(config, ranks).phases] == [
-        p["objective"] for p in objectives.RECIPES[name][1]
+        p["objective"] for p in objectives.recipe_of(name)[1]
     ]
 
 
